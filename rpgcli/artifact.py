@@ -1,0 +1,537 @@
+"""Artifacts: folders that are either whole and hashed, or not there.
+
+Commit protocol, the only writer of artifacts:
+
+    lock (flock)  ->  NAME.partial/ beside the target  ->  write, fsync, hash each file  ->  manifest.json, fsync
+                  ->  rename  ->  fsync the parent
+
+A reader sees the old artifact or the new one. A process killed at any point loses at most the unfinished stage, and a
+stage that marked its partial folder as resumable goes on from there.
+
+    key   sha256 of what determines the content: stage, schema, recipe section, ids of the inputs
+    id    sha256 of the canonical manifest without `volatile` (seconds, host, versions, device, threads)
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rpgcli.config import Config
+from rpgcli.errors import ArtifactError, OutputError, UsageError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+BEGUN = "begun.json"
+"""Names the key of an unfinished artifact; gone once it is committed."""
+MAX_JSON_BYTES = 256 * 2**20
+"""No JSON file of ours is larger; a larger one is refused unread."""
+MAX_HEADER_BYTES = 100 * 2**20
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
+"""Names of files in an artifact: no folders, no dots at either end, nothing a shell or terminal could trip over."""
+
+
+class FileRecord(Config):
+    """Size in bytes and content hash of one file."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(Config):
+    """What an artifact is, what it was made from, and what it holds; written last."""
+
+    schema_version: int = Field(alias="schema")
+    stage: str
+    key: str
+    section: dict[str, Any]
+    inputs: dict[str, str]
+    files: dict[str, FileRecord]
+    facts: dict[str, Any]
+    volatile: dict[str, Any]
+
+    def all_files(self) -> dict[str, FileRecord]:
+        """The files, those that vary from run to run included; these are outside the id but checked as well."""
+        varying = self.volatile.get("files", {})
+        try:
+            return self.files | {name: FileRecord.model_validate(record) for name, record in varying.items()}
+        except (AttributeError, ValidationError):
+            raise ArtifactError("volatile.files of a manifest is damaged.", "Make the artifact anew.") from None
+
+    def identity(self) -> str:
+        """The artifact's id: 64 hex digits."""
+        return digest(self.model_dump(by_alias=True, exclude={"volatile"}))
+
+
+def canonical(value: object) -> bytes:
+    """The one JSON text of `value`: sorted keys, no spaces, finite numbers only."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest(value: object) -> str:
+    """sha256 of the canonical JSON of `value`, 64 hex digits."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A committed artifact. Each file is hashed before its first use."""
+
+    path: Path
+    manifest: Manifest
+    _checked: set[str] = field(default_factory=set, repr=False, compare=False)
+
+    @property
+    def id(self) -> str:
+        """64 hex digits, equal for equal content."""
+        return self.manifest.identity()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the stage found out: counts, accuracies, choices."""
+        return self.manifest.facts
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """The resolved recipe section that made it."""
+        return self.manifest.section
+
+    def file(self, name: str) -> Path:
+        """Path of a listed file whose size and hash were found right.
+
+        Raises:
+            ArtifactError: If it is not listed, missing, a link, or not what was committed.
+        """
+        path = self.path / name
+        if name not in self._checked:
+            record = self.manifest.all_files().get(name)
+            if record is None:
+                raise ArtifactError(f"{self.path} has no file {name!r} in its manifest.", _remake(self.manifest.stage))
+            if _plain_size(path) != record.size or _hash(path) != record.sha256:
+                raise ArtifactError(
+                    f"{path} is not the file that was committed: its size or hash differs from the manifest.",
+                    "It was truncated, damaged or edited after it was written.",
+                    _remake(self.manifest.stage),
+                )
+            self._checked.add(name)
+        return path
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a listed safetensors file, memory-mapped."""
+        return read_tensors(self.file(name))
+
+    def json(self, name: str) -> Any:
+        """The value of a listed JSON file."""
+        return read_json(self.file(name))
+
+
+def read(path: Path, stage: str) -> Artifact:
+    """Open the committed artifact of `stage` at `path`.
+
+    Raises:
+        ArtifactError: If it is missing, unfinished, of another stage or schema, or its manifest is damaged.
+    """
+    if not path.is_dir():
+        if (old := _beside(path, "old")).is_dir():
+            path = old  # A replacement was cut off between its two renames: the old artifact is still whole.
+        elif _beside(path, "partial").is_dir():
+            raise ArtifactError(f"{path} is unfinished.", f"Run `rpg {stage} --resume` to finish it.")
+        else:
+            raise ArtifactError(
+                f"{path} does not exist.", f"Run `rpg {stage}` first, or name the right folder with --run."
+            )
+    if not (path / MANIFEST).is_file():
+        raise ArtifactError(f"{path} holds no {MANIFEST}: it is not an artifact of rpg.", _remake(stage))
+    manifest = read_manifest(path / MANIFEST)
+    if manifest.stage != stage:
+        raise ArtifactError(f"{path} was made by `rpg {manifest.stage}`, but `rpg {stage}` is needed here.")
+    return Artifact(path, manifest)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a manifest file.
+
+    Raises:
+        ArtifactError: If it is damaged, of another schema, or names files outside its folder.
+    """
+    value = read_json(path)
+    found = value.get("schema") if isinstance(value, dict) else None
+    if found != SCHEMA:
+        shown = found if isinstance(found, int) else "none"
+        raise ArtifactError(
+            f"{path} has schema {shown}, this version of rpg reads {SCHEMA}.", "Make the artifact anew."
+        )
+    try:
+        manifest = Manifest.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part)[:80] for part in first["loc"])
+        raise ArtifactError(f"{path} is not a manifest: {where}: {first['msg']}.", "Make the artifact anew.") from None
+    for name in manifest.all_files():
+        if not FILE_NAME.fullmatch(name) or name == MANIFEST:
+            raise ArtifactError(f"{path} lists a file with a forbidden name: {name!r}.", "Do not trust this folder.")
+    return manifest
+
+
+def verify(path: Path) -> tuple[Artifact, list[str]]:
+    """Check every byte of the artifact at `path`.
+
+    Returns:
+        The artifact, and one line for each problem found.
+    """
+    found = Artifact(path, read_manifest(path / MANIFEST))
+    problems = []
+    for name in sorted(found.manifest.all_files()):
+        try:
+            file = found.file(name)
+            if name.endswith(".safetensors"):
+                tensors_of(file)
+            elif name.endswith(".json"):
+                read_json(file)
+        except ArtifactError as error:
+            problems.append(error.what)
+    for entry in sorted(path.iterdir()):
+        if entry.name not in {MANIFEST, *found.manifest.all_files()}:
+            problems.append(f"{entry} is not in the manifest")
+    return found, problems
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, with duplicate keys, NaN and oversize refused as an ArtifactError."""
+    if _plain_size(path) > MAX_JSON_BYTES:
+        raise ArtifactError(f"{path} is larger than {MAX_JSON_BYTES // 2**20} MiB: that is no JSON file of rpg.")
+    try:
+        return json.loads(path.read_bytes(), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not valid JSON: {error}.", "It is damaged; make the artifact anew.") from None
+
+
+def tensors_of(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names, dtypes and shapes in a safetensors file, from its header alone."""
+    size = _plain_size(path)
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+    if size < 8 or header_size > min(size - 8, MAX_HEADER_BYTES):
+        raise ArtifactError(f"{path} is not a safetensors file: its header is truncated or absurdly large.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (entry.get_dtype(), tuple(entry.get_shape())) for name, entry in slices.items()}
+    except SafetensorError as error:
+        raise ArtifactError(f"{path} is not a safetensors file: {error}.") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, memory-mapped."""
+    tensors_of(path)
+    return load_file(path)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Draft:
+    """The unfinished folder of one stage, `NAME.partial/`; `commit` turns it into the artifact."""
+
+    target: Path
+    path: Path
+    stage: str
+    section: dict[str, Any]
+    inputs: dict[str, str]
+    resumed: bool
+    finished: Artifact | None
+    """The artifact that is already there with the same key; nothing is left to do."""
+    resumable: bool = False
+    """Set once there is progress worth keeping: the folder then outlives an error."""
+    _records: dict[str, FileRecord] = field(default_factory=dict)
+    _varying: set[str] = field(default_factory=set)
+
+    def add(self, name: str) -> Path:
+        """Register a finished file of the draft: fsync and hash it."""
+        assert FILE_NAME.fullmatch(name), name
+        path = self.path / name
+        _sync(path)
+        self._records[name] = FileRecord(size=path.stat().st_size, sha256=_hash(path))
+        return path
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor], header: object = None) -> None:
+        """Write a safetensors file; `header` becomes its single metadata entry."""
+        write_tensors(self.path / name, tensors, header)
+        self.add(name)
+
+    def save_json(self, name: str, value: object, *, varies: bool = False) -> None:
+        """Write a JSON file; `varies` from run to run (it holds seconds) leaves it out of the id."""
+        write_bytes(self.path / name, canonical(value) + b"\n")
+        self.add(name)
+        if varies:
+            self._varying.add(name)
+
+    def digest(self, name: str) -> str:
+        """sha256 of a finished file of the draft."""
+        return self._records[name].sha256
+
+    def drop(self, name: str) -> None:
+        """Delete a working file that is not part of the artifact."""
+        self._records.pop(name, None)
+        (self.path / name).unlink(missing_ok=True)
+
+    def commit(self, facts: Mapping[str, Any], volatile: Mapping[str, Any]) -> Artifact:
+        """Write the manifest and put the folder in its place; an older artifact there is replaced."""
+        records = {name: record.model_dump() for name, record in sorted(self._records.items())}
+        varying = {name: records.pop(name) for name in sorted(self._varying)}
+        manifest = Manifest.model_validate({
+            "schema": SCHEMA, "stage": self.stage, "key": _key(self.stage, self.section, self.inputs),
+            "section": self.section, "inputs": self.inputs, "files": records, "facts": dict(facts),
+            "volatile": {**volatile, **({"files": varying} if varying else {})},
+        })  # fmt: skip
+        for entry in self.path.iterdir():
+            if entry.name not in {BEGUN, *self._records}:
+                entry.unlink()
+        write_bytes(self.path / MANIFEST, canonical(manifest.model_dump(by_alias=True)) + b"\n")
+        _sync(self.path)
+        _place(self.path, self.target)
+        return Artifact(self.target, manifest)
+
+
+@contextmanager
+def draft(
+    target: Path, stage: str, *, section: dict[str, Any], inputs: Mapping[str, str], force: bool, resume: bool
+) -> Iterator[Draft]:
+    """Lock `target` and open its draft, or find it finished.
+
+    Args:
+        target: Folder of the artifact.
+        stage: The command that makes it.
+        section: Resolved recipe section; with `inputs` it makes the key.
+        inputs: Name -> id of the artifacts it is made from.
+        force: Replace a finished artifact of another key (at the end), discard an unfinished one.
+        resume: Go on with an unfinished artifact of the same key.
+
+    Raises:
+        OutputError: Another process holds the lock, or something else is already there.
+    """
+    # What a reader of the manifest gets back, so that keys compare equal: tuples become lists.
+    section, inputs = json.loads(canonical(section)), dict(inputs)
+    key = _key(stage, section, inputs)
+    make_folder(target.parent)
+    with _lock(target):
+        partial, old = _beside(target, "partial"), _beside(target, "old")
+        if target.exists():
+            _remove(old)
+        elif old.exists():
+            old.rename(target)
+        if target.exists() and not force:
+            found = read(target, stage)
+            if found.manifest.key != key:
+                raise OutputError(
+                    f"{target} exists and was made with other settings.",
+                    *differences(found.manifest, section, inputs),
+                    "Pass --force to replace it (at the end, atomically), or choose another --run or --out.",
+                )
+            yield Draft(target, target, stage, section, inputs, resumed=False, finished=found)
+            return
+        resumed = False
+        if partial.exists():
+            begun = _begun(partial)
+            if resume and begun.get("key") == key:
+                if (partial / MANIFEST).exists():  # It was whole, and cut off just before its place was taken.
+                    _place(partial, target)
+                    yield Draft(target, target, stage, section, inputs, resumed=True, finished=read(target, stage))
+                    return
+                resumed = True
+            elif force:
+                _remove(partial)
+            elif begun.get("key") == key:
+                raise OutputError(f"{target} is unfinished.", "Pass --resume to go on, or --force to start afresh.")
+            else:
+                raise OutputError(
+                    f"{partial} holds an unfinished `rpg {stage}` with other settings.",
+                    "Pass --force to discard it, or give the settings it was begun with and --resume.",
+                )
+        if not resumed:
+            partial.mkdir()
+            write_bytes(partial / BEGUN, canonical({"stage": stage, "key": key}))
+        work = Draft(target, partial, stage, section, inputs, resumed, None, resumable=resumed)
+        try:
+            yield work
+        except BaseException:
+            if not work.resumable:
+                _remove(partial)
+            raise
+        assert work.target.exists(), "a draft must be committed"
+
+
+def differences(manifest: Manifest, section: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
+    """One line for each setting or input that differs between an artifact and what is asked for."""
+    before, after = _flat({"": manifest.section}), _flat({"": dict(section)})
+    lines = [
+        f"{name}: {json.dumps(before.get(name))} there, {json.dumps(after.get(name))} now"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+    lines += [f"its {name} has changed since" for name in sorted(inputs) if manifest.inputs.get(name) != inputs[name]]
+    return [*lines[:12], *([f"and {len(lines) - 12} more"] if len(lines) > 12 else [])]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: object = None) -> None:
+    """Write a safetensors file with one metadata entry, readable by the user's umask, synced."""
+    flat = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(flat, temporary, metadata={"rpg": canonical(header).decode()})
+    _open_up(temporary)
+    _sync(temporary)
+    temporary.replace(path)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a small file atomically and synced."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents.
+
+    Raises:
+        UsageError: If a file is in the way or the place cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{path} is not a folder: a file is in the way.", "Choose another --run.") from None
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be created: {error.strerror}.", "Choose a --run that you can write to."
+        ) from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UsageError(f"{path} cannot be written.", "Choose a --run that you can write to.")
+
+
+# --- the small print --------------------------------------------------------------------------------------------------
+
+
+def _key(stage: str, section: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    return digest({"stage": stage, "schema": SCHEMA, "section": section, "inputs": dict(inputs)})
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    return target.with_name(f"{target.name}.{suffix}")
+
+
+def _remake(stage: str) -> str:
+    return f"Restore it from a copy, or make it anew with `rpg {stage} --force`."
+
+
+def _begun(partial: Path) -> dict[str, Any]:
+    with suppress(ArtifactError):
+        value = read_json(partial / BEGUN)
+        if isinstance(value, dict):
+            return value
+    return {}
+
+
+def _place(partial: Path, target: Path) -> None:
+    """Put a finished folder in its place, an older one out of it."""
+    old = _beside(target, "old")
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    _sync(target.parent)
+    (target / BEGUN).unlink(missing_ok=True)
+    _remove(old)
+
+
+@contextmanager
+def _lock(target: Path) -> Iterator[None]:
+    path = target.with_name(f".{target.name}.lock")
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}.", "Choose another --run.") from None
+    with os.fdopen(descriptor, "r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = "".join(c for c in file.read(40) if c.isdigit())
+            raise OutputError(
+                f"{target} is being written by another process{f' (pid {holder})' if holder else ''}.",
+                "Wait until it has ended, or choose another --run.",
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _plain_size(path: Path) -> int:
+    try:
+        status = path.lstat()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}.") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ArtifactError(f"{path} is not a plain file.", "Links out of an artifact are not followed.")
+    return status.st_size
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _open_up(path: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key appears twice")
+    return value
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, entry in value.items():
+        path = f"{prefix}.{name}".strip(".")
+        out |= _flat(entry, path) if isinstance(entry, dict) else {path: entry}
+    return out

@@ -1,0 +1,472 @@
+"""Collect a zoo: train target networks and keep snapshots of their parameters.
+
+    tasks        every network fine-tuned from one shared start, one for each task (and run)
+    seeds        independent trainings from independent starts
+    trajectory   one training (or a few), then dense snapshots along a last epoch (RPG, p-diff)
+
+Small targets are trained many at once: their parameters are stacked, `vmap` runs all forward passes as one, and a
+plain backward pass and optimizer step follow (every operation is per network, so the result is that of training them
+one by one, to rounding). Blocks are fixed by the recipe: a block gives the same networks whoever computes it, and an
+interrupted collection goes on at the next one.
+
+Letters: N networks in a block, n training images, B images in a batch, S snapshots.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor
+
+from rpgcli import imports, rng
+from rpgcli.artifact import Draft, canonical, read_json, read_tensors, write_bytes
+from rpgcli.config import Config
+from rpgcli.errors import ArtifactError, UsageError
+from rpgcli.problem import Problem, State
+from rpgcli.progress import OnStep, Step
+from rpgcli.tasks import split_tasks
+from rpgcli.zoo import Network
+
+START = "start.safetensors"
+"""The shared start of a zoo of tasks, kept beside its networks."""
+
+
+class OptimiserConfig(Config):
+    """How a target network is trained."""
+
+    optimiser: Literal["adam", "adamw", "sgd"] = "adam"
+    """torch's; `sgd` with momentum 0.9."""
+    epochs: PositiveInt = 20
+    """Passes over the training images."""
+    batch_size: PositiveInt = 128
+    """Images a step."""
+    learning_rate: PositiveFloat = 2e-3
+    """Highest learning rate."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """`cosine` falls to `last_fraction` of the learning rate."""
+    last_fraction: float = Field(0.05, ge=0, le=1)
+    """What is left of the learning rate at the end of `cosine`, so that the last snapshots differ."""
+    weight_decay: NonNegativeFloat = 0.0
+    """The optimiser's."""
+
+    def make(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        """The optimiser; stacked parameters are trained as if each network had its own."""
+        if self.optimiser == "sgd":
+            return torch.optim.SGD(parameters, self.learning_rate, momentum=0.9, weight_decay=self.weight_decay)
+        kind = torch.optim.AdamW if self.optimiser == "adamw" else torch.optim.Adam
+        return kind(parameters, self.learning_rate, weight_decay=self.weight_decay)
+
+    def rate(self, step: int, num_steps: int) -> float:
+        """Learning rate of step 0, 1, ... num_steps - 1."""
+        if self.schedule == "constant":
+            return self.learning_rate
+        cosine = (1 + math.cos(math.pi * (step + 1) / num_steps)) / 2
+        return self.learning_rate * (self.last_fraction + (1 - self.last_fraction) * cosine)
+
+    def num_steps(self, num_images: int) -> int:
+        """Steps in all."""
+        return self.epochs * math.ceil(num_images / self.batch_size)
+
+
+class BlockConfig(Config):
+    """What all kinds of zoo share."""
+
+    block: PositiveInt = 64
+    """Networks trained together; part of the recipe, because it fixes how a collection is cut and resumed."""
+    pretrained: str | None = None
+    """Weights to start from: a file, or `timm` for the published ones (from the hub only with --download)."""
+
+
+class TasksConfig(BlockConfig):
+    """One network for each binary task, all from one shared start."""
+
+    kind: Literal["tasks"] = "tasks"
+    num_seen: PositiveInt = 256
+    """Tasks that a generator learns from; counted with their complements, so even."""
+    num_validation: NonNegativeInt = 102
+    """Tasks on which its settings are chosen."""
+    num_unseen: NonNegativeInt = 102
+    """Tasks that are looked at once, at the end."""
+    runs: PositiveInt = 1
+    """Independent trainings of each seen task (other orders of the images)."""
+    snapshots: PositiveInt = 3
+    """Snapshots of each seen task, one after each of the last epochs."""
+    pretrain: OptimiserConfig = OptimiserConfig(epochs=40, learning_rate=3e-3)
+    """Of the shared trunk, on the multi-class problem."""
+    training: OptimiserConfig = OptimiserConfig()
+    """Of every task, from the shared trunk and one random head."""
+
+    @model_validator(mode="after")
+    def _snapshots_fit(self) -> "TasksConfig":
+        if self.snapshots > self.training.epochs:
+            raise ValueError(f"snapshots ({self.snapshots}) exceed training.epochs ({self.training.epochs})")
+        return self
+
+
+class SeedsConfig(BlockConfig):
+    """Independent trainings from independent starts."""
+
+    kind: Literal["seeds"] = "seeds"
+    num_networks: PositiveInt = 100
+    """Independent trainings."""
+    snapshots: PositiveInt = 1
+    """Snapshots of each, one after each of the last epochs."""
+    training: OptimiserConfig = OptimiserConfig()
+    """Of every network."""
+
+    @model_validator(mode="after")
+    def _snapshots_fit(self) -> "SeedsConfig":
+        if self.snapshots > self.training.epochs:
+            raise ValueError(f"snapshots ({self.snapshots}) exceed training.epochs ({self.training.epochs})")
+        return self
+
+
+class TrajectoryConfig(BlockConfig):
+    """Trainings followed by dense snapshots along a last stretch."""
+
+    kind: Literal["trajectory"] = "trajectory"
+    runs: PositiveInt = 1
+    """Separate trainings."""
+    num_checkpoints: PositiveInt = 50
+    """Snapshots of each run, evenly spaced over `save`."""
+    training: OptimiserConfig = OptimiserConfig(epochs=10, learning_rate=1e-3, last_fraction=0.0)
+    """Before anything is saved."""
+    save: OptimiserConfig = OptimiserConfig(epochs=1, batch_size=16, learning_rate=1e-4, schedule="constant")
+    """While snapshots are saved."""
+
+
+CollectConfig = Annotated[TasksConfig | SeedsConfig | TrajectoryConfig, Field(discriminator="kind")]
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+Order = Callable[[int], Tensor]
+"""Which images a network sees when: epoch -> (G, n), one order for all (G = 1) or one for each of G = N networks."""
+
+
+def shuffled(num_images: int, seed: int, names: Sequence[rng.Name]) -> Order:
+    """Orders drawn from the streams called `names`, one row for each; a single row if all are the same."""
+    streams = list(dict.fromkeys(names))
+    rows = streams if len(streams) == 1 else names
+
+    def order(epoch: int) -> Tensor:
+        return torch.stack([torch.randperm(num_images, generator=rng.stream(seed, "order", n, epoch)) for n in rows])
+
+    return order
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state dicts of N networks after `step` optimizer steps."""
+
+    step: int
+    states: list[dict[str, Tensor]]
+
+
+class Stacked:
+    """N small networks as one: every parameter has a leading axis of N."""
+
+    def __init__(self, problem: Problem, starts: Sequence[State]) -> None:
+        self.problem, self.num = problem, len(starts)
+        self.values = {
+            name: torch.stack([start[name] for start in starts]).to(problem.device).requires_grad_()
+            for name in starts[0]
+        }  # (N, ...)
+
+    def parameters(self) -> list[Tensor]:
+        """What is trained."""
+        return list(self.values.values())
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """(G, B, C, H, W) to (N, B, O)."""
+        return self.problem.outputs(self.values, x[0] if len(x) == 1 else x)
+
+    def snapshot(self) -> list[dict[str, Tensor]]:
+        """N state dicts, copied."""
+        rows = {name: value.detach().cpu().clone() for name, value in self.values.items()}
+        return [{name: value[i] for name, value in rows.items()} for i in range(self.num)]
+
+
+class Single:
+    """One network of any kind, with its buffers."""
+
+    def __init__(self, problem: Problem, start: State) -> None:
+        self.model = problem.build("reference")
+        self.model.load_state_dict(dict(start))
+        self.model.train()
+
+    def parameters(self) -> list[Tensor]:
+        """What is trained."""
+        return list(self.model.parameters())
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """(1, B, C, H, W) to (1, B, O)."""
+        return self.model(x[0])[None]  # type: ignore[no-any-return]
+
+    def snapshot(self) -> list[dict[str, Tensor]]:
+        """Its state dict, copied."""
+        return [{name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}]
+
+
+def train(
+    problem: Problem, networks: Stacked | Single, labels: Tensor, order: Order, config: OptimiserConfig, *,
+    seed: int, save_at: Sequence[int], on_step: OnStep,
+) -> list[Snapshot]:  # fmt: skip
+    """Train networks side by side.
+
+    Args:
+        problem: The images.
+        networks: N of them, changed in place.
+        labels: What each should answer on the training images, (N, n).
+        order: Which images when.
+        config: The optimiser.
+        seed: Of the augmentation, if the data set has one.
+        save_at: Numbers of steps after which a snapshot is taken.
+        on_step: Called after every step.
+
+    Returns:
+        The snapshots, on the CPU.
+    """
+    optimiser = config.make(networks.parameters())
+    total, done = config.num_steps(labels.shape[1]), 0
+    snapshots: list[Snapshot] = []
+    for epoch in range(config.epochs):
+        for index in order(epoch).split(config.batch_size, dim=1):  # (G, B)
+            noise = rng.stream(seed, "augment", done)
+            x = problem.images("train", index.flatten(), noise).unflatten(0, index.shape)  # (G, B, C, H, W)
+            y = labels.gather(1, index.to(labels.device).expand(len(labels), -1))  # (N, B)
+            if index.shape[1] > 1 or isinstance(networks, Stacked):  # Batch norm cannot train on a single last image.
+                loss = F.cross_entropy(networks.outputs(x).flatten(0, 1), y.flatten(), reduction="none")  # (N * B,)
+                for group in optimiser.param_groups:
+                    group["lr"] = config.rate(done, total)
+                optimiser.zero_grad(set_to_none=True)
+                (loss.sum() / index.shape[1]).backward()  # A mean over images, a sum over networks.
+                optimiser.step()
+            done += 1
+            if done in save_at:
+                snapshots.append(Snapshot(done, networks.snapshot()))
+            on_step(Step(done, total))
+    return snapshots
+
+
+# --- zoos -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training to be done."""
+
+    split: str
+    run: int
+    task_bits: str | None = None
+
+
+def make_plan(problem: Problem, config: CollectConfig, seed: int) -> list[Plan]:
+    """All trainings of a zoo, in the order of its files.
+
+    Raises:
+        UsageError: If the task and the kind of zoo do not fit.
+    """
+    if (config.kind == "tasks") != problem.has_bits:
+        raise UsageError(
+            f"collect.kind {config.kind!r} does not fit task.kind {problem.config.task.kind!r}.",
+            "A zoo of tasks needs task.kind: binary-subset; seeds and trajectory need task.kind: multi-class.",
+        )
+    if config.kind == "tasks":
+        parts = split_tasks(
+            problem.dataset.num_classes, config.num_seen, config.num_validation, config.num_unseen, seed
+        )
+        seen, *others = [
+            [(split, bits) for bits in part] for split, part in zip(("seen", "validation", "unseen"), parts)
+        ]
+        plan = [Plan(split, run, bits) for run in range(config.runs) for split, bits in seen]
+        return plan + [Plan(split, 0, bits) for part in others for split, bits in part]
+    return [Plan("seen", run) for run in range(config.num_networks if config.kind == "seeds" else config.runs)]
+
+
+def blocks(problem: Problem, config: CollectConfig, plan: Sequence[Plan]) -> list[Sequence[Plan]]:
+    """The plan cut into what is trained together."""
+    size = config.block if problem.config.target.batched else 1
+    return [plan[i : i + size] for i in range(0, len(plan), size)]
+
+
+def collect(
+    problem: Problem, config: CollectConfig, seed: int, draft: Draft, *, download: bool, on_step: OnStep
+) -> list[Network]:
+    """Train every network of a zoo and write it into `draft`, block by block; finished blocks are not trained again.
+
+    Args:
+        problem: Data set, task, target.
+        config: The kind of zoo.
+        seed: Of tasks, starts and orders.
+        draft: Where networks go.
+        download: Whether published weights may be fetched.
+        on_step: Called after every optimizer step; `done` counts networks.
+
+    Returns:
+        All networks with their facts.
+    """
+    plan = make_plan(problem, config, seed)
+    start = shared_start(problem, config, seed, draft, download=download, on_step=on_step)
+    networks: list[Network] = []
+    for b, block in enumerate(blocks(problem, config, plan)):
+        before, num = sum(n.last for n in networks), len(block)
+
+        def report(step: Step, before: int = before, num: int = num) -> None:
+            on_step(Step(round(before + num * step.done / step.total), len(plan)))
+
+        record = draft.path / f"block-{b:05d}.json"
+        found = _finished(draft, record)
+        if found is None:
+            snapshots = _train_block(problem, config, seed, block, start, report)
+            found = _save_block(problem, draft, block, snapshots, first_file=len(networks))
+            write_bytes(record, canonical([[n.to_json(), draft.digest(n.file)] for n in found]))
+            draft.resumable = True
+        networks += found
+    return networks
+
+
+def shared_start(
+    problem: Problem, config: CollectConfig, seed: int, draft: Draft, *, download: bool, on_step: OnStep
+) -> dict[str, Tensor] | None:
+    """What every network starts from; None where each has its own start.
+
+    For `tasks`: the trunk trained on the multi-class problem (or given), and one random head.
+    """
+    fresh = problem.build("start", seed=seed).state_dict()
+    wider = problem.build("trunk", seed=seed, num_outputs=max(problem.dataset.num_classes, problem.num_outputs + 1))
+    head = {name for name, value in wider.state_dict().items() if value.shape != fresh[name].shape}
+    if config.pretrained is not None:
+        given = (
+            published(problem, download)
+            if config.pretrained == "timm"
+            else imports.read_network(Path(config.pretrained))
+        )
+        return {**fresh, **_fitting(given, fresh, config.pretrained)}
+    if config.kind != "tasks":
+        return None
+    if (draft.path / START).exists():
+        return read_tensors(draft.add(START))
+    whole = Problem.multi_class(problem)
+    trunk = whole.build("trunk", seed=seed).state_dict()
+    order = shuffled(len(whole.dataset.train.labels), seed, ["pretrain"])
+    learner = Stacked(whole, [trunk]) if problem.config.target.batched else Single(whole, trunk)
+    train(whole, learner, whole.labels("train", [None]), order, config.pretrain, seed=seed, save_at=(), on_step=on_step)
+    start = {name: fresh[name] if name in head else value for name, value in learner.snapshot()[0].items()}
+    draft.save_tensors(START, start)
+    return start
+
+
+def _train_block(
+    problem: Problem, config: CollectConfig, seed: int, block: Sequence[Plan], start: State | None, on_step: OnStep
+) -> list[Snapshot]:
+    starts = [start or problem.build("seed", plan.run, seed=seed).state_dict() for plan in block]
+    networks = Stacked(problem, starts) if problem.config.target.batched else Single(problem, starts[0])
+    labels = problem.labels("train", [plan.task_bits for plan in block])  # (N, n)
+    order = shuffled(labels.shape[1], seed, [plan.run for plan in block])
+    total = config.training.num_steps(labels.shape[1])
+    if config.kind != "trajectory":
+        epoch = total // config.training.epochs
+        save_at = [total - epoch * (config.snapshots - 1 - s) for s in range(config.snapshots)]
+        return train(problem, networks, labels, order, config.training, seed=seed, save_at=save_at, on_step=on_step)
+    extra = config.save.num_steps(labels.shape[1])
+    save_at = [round((k + 1) * extra / config.num_checkpoints) for k in range(config.num_checkpoints)]
+
+    def report(step: Step, before: int = 0) -> None:
+        on_step(Step(before + step.done, total + extra))
+
+    train(problem, networks, labels, order, config.training, seed=seed, save_at=(), on_step=report)
+    dense = shuffled(labels.shape[1], seed, [f"save {plan.run}" for plan in block])
+    return train(
+        problem, networks, labels, dense, config.save,
+        seed=seed, save_at=save_at, on_step=lambda step: report(step, total),
+    )  # fmt: skip
+
+
+def _save_block(
+    problem: Problem, draft: Draft, block: Sequence[Plan], snapshots: list[Snapshot], first_file: int
+) -> list[Network]:
+    found: list[Network] = []
+    bits = [plan.task_bits for plan in block]
+    measured = [
+        [problem.accuracy(snapshot.states, bits, split).tolist() for split in ("validation", "test")]
+        for snapshot in snapshots
+    ]
+    for i, plan in enumerate(block):
+        for s, snapshot in enumerate(snapshots):
+            last = s == len(snapshots) - 1
+            if not last and plan.split != "seen":
+                continue  # Only the last network of a task nobody learns from is ever looked at.
+            validation, test = measured[s]
+            network = Network(
+                file=f"{first_file + len(found):05d}.safetensors", split=plan.split, task_bits=plan.task_bits,
+                run=plan.run, step=snapshot.step, last=last, accuracy={"validation": validation[i], "test": test[i]},
+            )  # fmt: skip
+            draft.save_tensors(network.file, snapshot.states[i])
+            found.append(network)
+    return found
+
+
+def _finished(draft: Draft, record: Path) -> list[Network] | None:
+    """The networks of a block that an earlier, interrupted collection finished; None if any is not as it was."""
+    if not record.exists():
+        return None
+    found = []
+    for facts, digest in read_json(record):
+        network = Network(**facts)
+        if not (draft.path / network.file).is_file() or (
+            draft.add(network.file) and draft.digest(network.file) != digest
+        ):
+            return None
+        found.append(network)
+    return found
+
+
+def bring_in(problem: Problem, folder: Path, draft: Draft, *, on_step: OnStep) -> list[Network]:
+    """Make a zoo of networks that already exist: every `.safetensors` or `.pth` file of a folder.
+
+    Raises:
+        LayoutError: If one does not fit the target.
+    """
+    paths = imports.networks_in(folder)
+    networks = []
+    for i, path in enumerate(paths):
+        state = imports.match_network(imports.read_network(path), problem.reference)
+        measured = {split: float(problem.accuracy([state], [None], split)) for split in ("validation", "test")}
+        network = Network(file=f"{i:05d}.safetensors", split="seen", run=i, accuracy=measured)
+        draft.save_tensors(network.file, state)
+        networks.append(network)
+        on_step(Step(i + 1, len(paths)))
+    return networks
+
+
+def published(problem: Problem, download: bool) -> State:
+    """timm's published weights of the target, adapted by timm to its channels.
+
+    Raises:
+        UsageError: If the target is not timm's, or the weights would have to be fetched without --download.
+    """
+    target = problem.config.target
+    if target.kind != "timm":
+        raise UsageError(
+            f"collect.pretrained: timm needs a target of timm, not {target.kind!r}.", "Name a weights file."
+        )
+    if not download:
+        raise UsageError(
+            f"the published weights of timm/{target.name} would be fetched from the hub.",
+            "Pass --download to allow it, or give collect.pretrained the path of a weights file.",
+        )
+    return target.published(problem.dataset.channels, problem.dataset.size, problem.num_outputs)
+
+
+def _fitting(given: State, fresh: State, source: str) -> dict[str, Tensor]:
+    """The given tensors that fit the target; at least half of its values must."""
+    fitting = {n: v for n, v in given.items() if n in fresh and v.shape == fresh[n].shape and v.dtype == fresh[n].dtype}
+    if sum(v.numel() for v in fitting.values()) * 2 < sum(v.numel() for v in fresh.values()):
+        raise ArtifactError(f"{source} holds the weights of another architecture.", "Less than half of the values fit.")
+    return fitting

@@ -1,0 +1,18 @@
+"""Judging generated networks: groups, comparisons, verdict, report."""
+
+from rpgcli.config import Config
+from rpgcli.methods.baselines import MlpSetting
+
+
+class EvaluateConfig(Config):
+    """What generated networks are compared with."""
+
+    mlp: tuple[MlpSetting, ...] = (
+        MlpSetting(width=512, num_steps=1500, weight_decay=1e-3),
+        MlpSetting(width=512, num_steps=3000, weight_decay=1e-2),
+        MlpSetting(width=1024, num_steps=1500, weight_decay=1e-2),
+        MlpSetting(width=1024, num_steps=3000, weight_decay=1e-1),
+    )
+    """Settings of the MLP regression that are tried; together they should take as long as the generator trained."""
+    seed: int = 0
+    """Of the baselines that draw random numbers."""

@@ -1,0 +1,254 @@
+"""The layout: which tensors of a target network are generated, and where each value lies in the grid of tokens.
+
+A checkpoint's generated tensors, flattened in state-dict order, become L tokens of D slots; slots beyond a token's
+values are padding (masked, zero). Three granularities (those of the RPG release):
+
+    flat      all tensors end to end, padded once at the very end
+    layer     each tensor starts a new token (the paper's default)
+    channel   a token holds whole output channels, or whole rows where one channel exceeds D
+
+Letters: L = num_tokens, D = token_dim, P = num_parameters generated.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rpgcli.errors import LayoutError
+
+Granularity = Literal["flat", "layer", "channel"]
+DTYPES = {
+    name: getattr(torch, name)
+    for name in ("float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
+}
+GENERATED_DTYPES = {"float32", "float16", "bfloat16"}
+"""Dtypes that a float32 token holds exactly."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of the target's state dict."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    role: Literal["generated", "constant"]
+    transform: Literal["identity", "log-variance"] = "identity"
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of generated values cut into tokens of `width` values each (the last one may hold fewer)."""
+
+    start: int
+    numel: int
+    width: int
+    first_token: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the segment fills."""
+        return -(-self.numel // self.width)
+
+    @property
+    def tokens(self) -> slice:
+        """Its rows in the grid."""
+        return slice(self.first_token, self.first_token + self.num_tokens)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Order, shapes and places of all tensors of one target network."""
+
+    specs: tuple[TensorSpec, ...]
+    token_dim: int
+    granularity: Granularity
+
+    @cached_property
+    def generated(self) -> tuple[TensorSpec, ...]:
+        """The tensors that are learned, in state-dict order."""
+        return tuple(spec for spec in self.specs if spec.role == "generated")
+
+    @cached_property
+    def constants(self) -> tuple[TensorSpec, ...]:
+        """The tensors that are carried as they are."""
+        return tuple(spec for spec in self.specs if spec.role == "constant")
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Generated values P."""
+        return sum(spec.numel for spec in self.generated)
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The generated values cut into tokens: one segment for each tensor, or one for all when `flat`."""
+        pieces = [(self.num_parameters, self.token_dim)]
+        if self.granularity != "flat":
+            pieces = [(spec.numel, self._width(spec)) for spec in self.generated]
+        segments, start, first = [], 0, 0
+        for numel, width in pieces:
+            segments.append(Segment(start, numel, width, first))
+            start, first = start + numel, first + segments[-1].num_tokens
+        return tuple(segments)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens L of one checkpoint."""
+        return sum(segment.num_tokens for segment in self.segments)
+
+    def indices(self) -> tuple[Tensor, Tensor]:
+        """Tensor number and token number inside the tensor, (L,) each: what a position embedding encodes."""
+        tensor = torch.cat([torch.full((s.num_tokens,), i) for i, s in enumerate(self.segments)])
+        token = torch.cat([torch.arange(s.num_tokens) for s in self.segments])
+        return tensor, token
+
+    def mask(self) -> Tensor:
+        """True where a slot holds a value, (L, D)."""
+        return self.grid(torch.ones(self.num_parameters, dtype=torch.bool))
+
+    def grid(self, flat: Tensor) -> Tensor:
+        """Lay P values out as tokens.
+
+        Args:
+            flat: (..., P).
+
+        Returns:
+            (..., L, D), padding zero.
+        """
+        if flat.shape[-1] != self.num_parameters:
+            raise LayoutError(f"{flat.shape[-1]} values do not fit a layout of {self.num_parameters}.")
+        rows = []
+        for s in self.segments:
+            values = flat[..., s.start : s.start + s.numel]
+            values = F.pad(values, (0, s.num_tokens * s.width - s.numel)).unflatten(-1, (s.num_tokens, s.width))
+            rows.append(F.pad(values, (0, self.token_dim - s.width)))
+        return torch.cat(rows, -2)
+
+    def ungrid(self, tokens: Tensor) -> Tensor:
+        """Inverse of `grid`: (..., L, D) to (..., P); padding is ignored."""
+        if tuple(tokens.shape[-2:]) != (self.num_tokens, self.token_dim):
+            raise LayoutError(
+                f"tokens have shape {tuple(tokens.shape[-2:])}, this layout needs {(self.num_tokens, self.token_dim)}.",
+                "They were made with another layout; tokenize and train again from one zoo.",
+            )
+        return torch.cat([tokens[..., s.tokens, : s.width].flatten(-2)[..., : s.numel] for s in self.segments], -1)
+
+    def flatten(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The generated values of a state dict as one float32 vector, (P,).
+
+        Raises:
+            LayoutError: If names, shapes or dtypes differ from the layout.
+        """
+        self.check(state)
+        return torch.cat([state[spec.name].reshape(-1).float() for spec in self.generated])
+
+    def unflatten(self, flat: Tensor, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict from P values and the constant tensors; each tensor in its own dtype and order."""
+        pieces = dict(zip((s.name for s in self.generated), flat.split([s.numel for s in self.generated])))
+        state = {}
+        for spec in self.specs:
+            source = pieces[spec.name].view(spec.shape) if spec.role == "generated" else constants[spec.name]
+            state[spec.name] = source.to(DTYPES[spec.dtype]).clone()
+        return state
+
+    def check(self, state: Mapping[str, Tensor]) -> None:
+        """Raise a LayoutError unless `state` has exactly this layout's names, shapes and dtypes, all finite."""
+        known = {spec.name: spec for spec in self.specs}
+        if odd := sorted(known.keys() ^ state.keys()):
+            missing, extra = [n for n in odd if n in known], [n for n in odd if n not in known]
+            raise LayoutError(
+                "a checkpoint does not have the tensors of this layout.",
+                *([f"missing: {', '.join(missing[:5])}"] if missing else []),
+                *([f"unexpected: {', '.join(extra[:5])}"] if extra else []),
+                "All networks of a zoo must be of one architecture.",
+            )
+        for name, tensor in state.items():
+            spec, dtype = known[name], str(tensor.dtype).removeprefix("torch.")
+            if tuple(tensor.shape) != spec.shape or dtype != spec.dtype:
+                raise LayoutError(
+                    f"{name} is {tuple(tensor.shape)} {dtype} but this layout needs {spec.shape} {spec.dtype}.",
+                    "All networks of a zoo must be of one architecture.",
+                )
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise LayoutError(
+                    f"{name} holds NaN or infinity.", "Remove that network from the zoo, or collect it again."
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """The layout as JSON; safetensors keeps no order, so this file does."""
+        return {
+            "token_dim": self.token_dim,
+            "granularity": self.granularity,
+            "specs": [{**vars(spec), "shape": list(spec.shape)} for spec in self.specs],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Layout":
+        """Inverse of `to_json`."""
+        specs = tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in value["specs"])
+        return cls(specs, value["token_dim"], value["granularity"])
+
+    def _width(self, spec: TensorSpec) -> int:
+        """Values of `spec` that one token holds."""
+        if self.granularity == "layer" or spec.numel <= self.token_dim:
+            return self.token_dim
+        inner = 1  # Values of one entry along the dimension looked at, from the last towards the first.
+        for size in reversed(spec.shape):
+            if inner * size > self.token_dim:
+                return inner * max(k for k in _divisors(size) if inner * k <= self.token_dim)
+            inner *= size
+        return self.token_dim
+
+
+def make_layout(
+    state: Mapping[str, Tensor],
+    *,
+    token_dim: int,
+    granularity: Granularity,
+    log_variance: bool,
+    frozen: str | None = None,
+) -> Layout:
+    """Decide what of a state dict is generated.
+
+    Integer and boolean buffers and one-element tensors are constants (as in the RPG release); running variances pass
+    through a logarithm if `log_variance`.
+
+    Args:
+        state: A state dict in the target's order (values unused, `meta` will do).
+        token_dim: Slots D of a token.
+        granularity: How tensors are cut into tokens.
+        log_variance: Whether running variances are learned as logarithms.
+        frozen: Pattern of further names that are constants.
+
+    Raises:
+        LayoutError: If nothing is left to generate, or a tensor is float64 or complex.
+    """
+    specs = []
+    for name, tensor in state.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        constant = not tensor.is_floating_point() or tensor.numel() <= 1 or bool(frozen and re.fullmatch(frozen, name))
+        if dtype not in DTYPES or (not constant and dtype not in GENERATED_DTYPES):
+            raise LayoutError(f"{name} is {dtype}, which tokens cannot hold.", "Convert the network to float32 first.")
+        log = log_variance and not constant and name.endswith("running_var")
+        role: Literal["generated", "constant"] = "constant" if constant else "generated"
+        specs.append(TensorSpec(name, tuple(tensor.shape), dtype, role, "log-variance" if log else "identity"))
+    layout = Layout(tuple(specs), token_dim, granularity)
+    if not layout.generated:
+        raise LayoutError("nothing is left to generate.", "Every tensor of these networks is constant.")
+    return layout
+
+
+def _divisors(n: int) -> Iterator[int]:
+    return (k for k in range(1, n + 1) if n % k == 0)

@@ -1,0 +1,1 @@
+"""Methods that generate parameters, each written to read like its paper's method section."""

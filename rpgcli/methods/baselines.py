@@ -1,0 +1,156 @@
+"""Trivial generators: what a learned one has to beat.
+
+Each learns from the same seen checkpoints (all snapshots, in the generator's own standardised coordinates), chooses its
+settings on validation tasks, and predicts the parameters of a network from its task bits.
+
+    average       the mean of all seen checkpoints, whatever the task
+    nearest       the seen task's network with the fewest different bits
+    ridge         ridge regression on the bits;  ridge-pairs: and on their pairwise products
+    mlp           a multi-layer perceptron from bits to parameters
+
+Letters: N seen tasks, S snapshots of each, C bits, P parameters.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+
+from rpgcli import rng
+from rpgcli.config import Config
+from rpgcli.progress import OnStep, Step
+from rpgcli.tasks import bits_tensor
+
+RIDGES = (0.01, 0.1, 1.0, 10.0, 100.0)
+Predict = Callable[[Sequence[str]], Tensor]
+"""Task bits of n networks -> their standardised parameters, (n, P)."""
+Score = Callable[[Predict], float]
+"""Mean accuracy on validation tasks and images."""
+
+
+class MlpSetting(Config):
+    """One setting tried for the MLP regression."""
+
+    width: PositiveInt = 512
+    """Units of its two hidden layers."""
+    num_steps: PositiveInt = 1500
+    """Optimizer steps of 64 tasks."""
+    weight_decay: NonNegativeFloat = 1e-2
+    """AdamW's."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """The seen checkpoints."""
+
+    tasks: Sequence[str]
+    parameters: Tensor  # (N, S, P) standardised
+
+    @property
+    def bits(self) -> Tensor:
+        """-1 and +1, (N, C)."""
+        return signs(self.tasks)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean over snapshots, (N, P)."""
+        return self.parameters.mean(1)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trivial generator with the settings that did best on validation tasks."""
+
+    name: str
+    predict: Predict
+    validation: float
+    settings: dict[str, Any]
+    seconds: float
+    """Of fitting all settings that were tried."""
+
+
+def signs(tasks: Sequence[str]) -> Tensor:
+    """Bits as -1 and +1, (n, C)."""
+    return bits_tensor(tasks).float() * 2 - 1
+
+
+def best(name: str, candidates: Sequence[tuple[dict[str, Any], Callable[[], Predict]]], score: Score) -> Fitted:
+    """Fit every candidate and keep the one with the highest validation score (the first among equals)."""
+    begun, found = time.perf_counter(), None
+    for settings, fit in candidates:
+        predict = fit()
+        value = score(predict)
+        if found is None or value > found[0]:
+            found = (value, predict, settings)
+    assert found is not None, "a baseline has at least one setting"
+    return Fitted(name, found[1], found[0], found[2], time.perf_counter() - begun)
+
+
+def fit_all(known: Known, score: Score, mlp: Sequence[MlpSetting], seed: int, on_step: OnStep) -> list[Fitted]:
+    """Every trivial generator, in order of effort."""
+    flat_mean = known.mean.mean(0)
+    table: dict[str, list[tuple[dict[str, Any], Callable[[], Predict]]]] = {
+        "average": [({}, lambda: lambda tasks: flat_mean.expand(len(tasks), -1))],
+        "nearest": [
+            ({"parameters": "last snapshot"}, lambda: nearest(known, known.parameters[:, -1])),
+            ({"parameters": "mean of snapshots"}, lambda: nearest(known, known.mean)),
+        ],
+        "ridge": [({"penalty": p}, lambda p=p: ridge(known, p, pairs=False)) for p in RIDGES],
+        "ridge-pairs": [({"penalty": p}, lambda p=p: ridge(known, p, pairs=True)) for p in RIDGES],
+        "mlp": [(setting.model_dump(), lambda s=setting: perceptron(known, s, seed)) for setting in mlp],
+    }
+    fitted = []
+    for name, candidates in table.items():
+        if candidates:
+            fitted.append(best(name, candidates, score))
+            on_step(Step(len(fitted), len(table), {name: fitted[-1].validation}))
+    return fitted
+
+
+def nearest(known: Known, parameters: Tensor) -> Predict:
+    """The network of the seen task with the fewest different bits; the first of several."""
+    return lambda tasks: parameters[torch.cdist(signs(tasks), known.bits, p=1).argmin(1)]
+
+
+def ridge(known: Known, penalty: float, *, pairs: bool) -> Predict:
+    """Ridge regression on a constant, the bits, and their products if `pairs`; solved in float64."""
+    i, j = torch.triu_indices(known.bits.shape[1], known.bits.shape[1], 1)
+
+    def features(tasks: Sequence[str]) -> Tensor:
+        x = signs(tasks).double()  # (n, C)
+        products = [x[:, i] * x[:, j]] if pairs else []
+        return torch.cat([torch.ones(len(x), 1, dtype=torch.float64), x, *products], 1)
+
+    x = features(known.tasks)
+    weights = torch.linalg.solve(
+        x.T @ x + penalty * torch.eye(x.shape[1], dtype=torch.float64), x.T @ known.mean.double()
+    )
+    return lambda tasks: (features(tasks) @ weights).float()
+
+
+def perceptron(known: Known, setting: MlpSetting, seed: int) -> Predict:
+    """A two-layer perceptron trained on all snapshots with AdamW and a one-cycle schedule."""
+    num_tasks, num_snapshots, num_parameters = known.parameters.shape
+    x = known.bits
+    with rng.initialising(seed, "baseline", "mlp"):
+        net = nn.Sequential(
+            nn.Linear(x.shape[1], setting.width), nn.SiLU(),
+            nn.Linear(setting.width, setting.width), nn.SiLU(),
+            nn.Linear(setting.width, num_parameters),
+        )  # fmt: skip
+    optimiser = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=setting.weight_decay, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, setting.num_steps)
+    generator = rng.stream(seed, "baseline", "mlp")
+    for _ in range(setting.num_steps):
+        task = torch.randint(num_tasks, (64,), generator=generator)
+        snapshot = torch.randint(num_snapshots, (64,), generator=generator)
+        loss = (net(x[task]) - known.parameters[task, snapshot]).square().mean()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    return torch.no_grad()(lambda tasks: net(signs(tasks)))

@@ -1,0 +1,210 @@
+"""RPG: recurrent diffusion for large-scale parameter generation (arXiv 2501.11587).
+
+    e    = position + condition + state                 what is asked of each token, no parameters enter
+    c    = core(e)                                      recurrent core: one prototype per token
+    x_0  ~ diffusion(x_t, t | c)                        each token denoised by itself, given its prototype
+
+The core runs once per network: its prototypes serve every diffusion step and every sample of the same request.
+
+Letters: B networks, L tokens, D = token_dim, M = d_model, K = B * L tokens in one batch (or the subset drawn of them).
+"""
+
+from collections.abc import Callable
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+
+from rpgcli import rng
+from rpgcli.conditions import ConditionKind, StateKind, TaskBits, state_indices
+from rpgcli.config import Config
+from rpgcli.cores import CoreConfig
+from rpgcli.cores.mamba2 import Mamba2Config
+from rpgcli.denoisers import DenoiserConfig
+from rpgcli.denoisers.mlp import MlpDenoiserConfig
+from rpgcli.diffusion import Diffusion, DiffusionConfig
+from rpgcli.positions import PositionKind, position_embedding
+from rpgcli.samplers import DdimConfig, SamplerConfig
+from rpgcli.tasks import bits_tensor
+from rpgcli.tokens import TokenStore
+from rpgcli.training import TrainingConfig
+
+
+class SelectionConfig(Config):
+    """What is tried on validation tasks to choose how the trained model is sampled."""
+
+    num_tasks: PositiveInt = 102
+    """Validation tasks looked at, at most."""
+    samplers: tuple[SamplerConfig, ...] = (DdimConfig(),)
+    """Samplers tried."""
+    num_steps: tuple[PositiveInt, ...] = (2, 5, 10)
+    """Numbers of steps tried."""
+    temperatures: tuple[NonNegativeFloat, ...] = (0.0, 0.5, 1.0)
+    """Scales of the starting noise tried; 0 starts at the centre."""
+
+
+class RpgConfig(Config):
+    """The recurrent diffusion model and its training."""
+
+    seed: int = 0
+    """Of initialisation, batches and noise."""
+    position: PositionKind = "2d"
+    """Position embedding: tensor and token number (`2d`), running number, learned, or none."""
+    condition: ConditionKind = "auto"
+    """What enters every token; `auto`: the task bits where the zoo has them."""
+    state: StateKind = "run"
+    """Permutation state: one for each independent training, for each checkpoint (the paper's), or none."""
+    core: CoreConfig = Field(default_factory=Mamba2Config, discriminator="kind")
+    """The recurrent core."""
+    denoiser: DenoiserConfig = Field(default_factory=MlpDenoiserConfig, discriminator="kind")
+    """The network that denoises a token given its prototype."""
+    diffusion: DiffusionConfig = DiffusionConfig()
+    """Noise schedule and target."""
+    training: TrainingConfig = TrainingConfig()
+    """Steps, rates, average."""
+    tokens_per_step: PositiveInt | None = None
+    """Tokens denoised in a step, drawn from all of the batch; the core always sees whole networks. Default: all."""
+    selection: SelectionConfig = SelectionConfig()
+    """How sampler, steps and temperature are chosen, on validation tasks."""
+
+
+class RPG(nn.Module):
+    """Positions, condition, state, core, denoiser.
+
+    Args:
+        config: The parts.
+        tensor_index: Tensor number of each token, (L,).
+        token_index: Token number inside its tensor, (L,).
+        token_dim: Slots D of a token.
+        num_bits: Length of the task bits, 0 for an unconditional model.
+        num_states: Rows of the table of permutation states, 0 for none.
+    """
+
+    def __init__(
+        self,
+        config: RpgConfig,
+        tensor_index: Tensor,
+        token_index: Tensor,
+        *,
+        token_dim: int,
+        num_bits: int,
+        num_states: int,
+    ) -> None:
+        super().__init__()
+        d_model = config.core.d_model
+        position = position_embedding(config.position, tensor_index, token_index, d_model)  # (L, M)
+        self.position: Tensor
+        if config.position == "learned":
+            self.register_parameter("position", nn.Parameter(position))
+        else:
+            self.register_buffer("position", position)
+        self.condition = TaskBits(num_bits, d_model) if num_bits else None
+        self.state = nn.Embedding(num_states, d_model) if num_states > 1 else None
+        self.core = config.core.build()
+        self.denoiser = config.denoiser.build(token_dim, self.core.out_dim)
+        self.diffusion = Diffusion(config.diffusion)
+
+    def prototypes(self, bits: Tensor | None, state: Tensor | None) -> Tensor:
+        """Run the core.
+
+        Args:
+            bits: Task bits, (B, num_bits); None for an unconditional model.
+            state: Permutation states, (B,); negative or None adds none.
+
+        Returns:
+            One prototype per token, (B, L, core.out_dim).
+        """
+        num = next((len(x) for x in (bits, state) if x is not None), 1)
+        e = self.position.expand(num, -1, -1)  # (B, L, M)
+        if self.condition is not None:
+            assert bits is not None, "a conditional model needs task bits"
+            e = e + self.condition(bits)[:, None]
+        if self.state is not None and state is not None:
+            e = e + self.state(state.clamp(min=0))[:, None] * (state >= 0)[:, None, None]
+        return self.core(e)  # type: ignore[no-any-return]
+
+    def loss(
+        self,
+        x_0: Tensor,
+        mask: Tensor,
+        bits: Tensor | None,
+        state: Tensor | None,
+        token: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Diffusion loss of some tokens of B networks.
+
+        Args:
+            x_0: Standardised tokens, (K, D).
+            mask: Their learned slots, (K, D).
+            bits: Task bits of the B networks.
+            state: Their permutation states.
+            token: Which of the B * L tokens these are, (K,).
+            generator: Noise and times.
+        """
+        c = self.prototypes(bits, state).flatten(0, 1)[token]  # (K, M)
+        return self.diffusion.loss(self.denoiser, x_0, c, mask, generator)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        c: Tensor,
+        x_T: Tensor,
+        mask: Tensor,
+        *,
+        sampler: SamplerConfig,
+        num_steps: int,
+        noise: Callable[[], Tensor],
+    ) -> Tensor:
+        """Denoise tokens given their prototypes.
+
+        Args:
+            c: Prototypes, (K, M).
+            x_T: Starting noise, (K, D).
+            mask: Learned slots, (K, D); the others stay zero.
+            sampler: Which.
+            num_steps: Denoising steps.
+            noise: Draws the noise of one step, (K, D); used by stochastic samplers only.
+
+        Returns:
+            x_0, (K, D).
+        """
+        e = self.denoiser.embed(c)
+        return sampler.sample(self.diffusion, lambda x_t, t: self.denoiser(x_t, t, e), x_T, num_steps, noise, mask)
+
+
+def build(config: RpgConfig, store: TokenStore, num_bits: int) -> RPG:
+    """The model for a token store, initialised from its seed."""
+    states = state_indices(store.checkpoints, config.state)
+    tensor_index, token_index = store.layout.indices()
+    with rng.initialising(config.seed, "rpg"):
+        return RPG(
+            config, tensor_index, token_index,
+            token_dim=store.layout.token_dim, num_bits=num_bits, num_states=int(states.max()) + 1,
+        )  # fmt: skip
+
+
+def make_loss(model: RPG, config: RpgConfig, store: TokenStore, device: torch.device) -> Callable[[int], Tensor]:
+    """The loss of step s: a batch of checkpoints, some of their tokens, noise, all drawn from streams named by s."""
+    num_tokens = store.layout.num_tokens
+    batch_size = config.training.batch_size
+    states = state_indices(store.checkpoints, config.state)
+    bits = (
+        bits_tensor([str(c["task_bits"]) for c in store.checkpoints]).float() if model.condition is not None else None
+    )
+
+    def loss(step: int) -> Tensor:
+        batch = torch.randint(len(store), (batch_size,), generator=rng.stream(config.seed, "batch", step))  # (B,)
+        token = torch.arange(batch_size * num_tokens)  # (K,)
+        if config.tokens_per_step is not None and config.tokens_per_step < len(token):
+            drawn = torch.randperm(len(token), generator=rng.stream(config.seed, "tokens", step))
+            token = drawn[: config.tokens_per_step]
+        row = token % num_tokens
+        x_0 = store.rows(batch[token // num_tokens], row)  # (K, D)
+        return model.loss(
+            x_0.to(device, non_blocking=True), store.statistics.varies[row].to(device),
+            None if bits is None else bits[batch].to(device), states[batch].to(device), token.to(device),
+            rng.stream(config.seed, "noise", step),
+        )  # fmt: skip
+
+    return loss

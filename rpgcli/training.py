@@ -1,0 +1,202 @@
+"""One `fit` for every trainable part: AdamW, learning-rate schedule, EMA, checkpoints, resume.
+
+The loss of step s draws its random numbers from streams named by s, so the state of training is the model, its
+average, the optimizer and s alone; a run stopped anywhere goes on bit for bit (same machine and threads).
+"""
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from rpgcli.artifact import Draft, read_tensors, write_tensors
+from rpgcli.config import Config
+from rpgcli.errors import ArtifactError, Interrupted, RpgError
+from rpgcli.progress import OnStep, Step
+
+CHECKPOINT = "checkpoint.safetensors"
+METRICS = "metrics.jsonl"
+
+
+class TrainingConfig(Config):
+    """How a part is trained."""
+
+    num_steps: PositiveInt = 1600
+    """Optimizer steps."""
+    batch_size: PositiveInt = 32
+    """Checkpoints a step."""
+    learning_rate: PositiveFloat = 1e-3
+    """Highest learning rate of AdamW."""
+    schedule: Literal["one-cycle", "cosine", "constant"] = "one-cycle"
+    """`one-cycle` warms up and then follows a cosine to 0; `cosine` starts at the top."""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Fraction of the steps that `one-cycle` warms up."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's; never applied to the scan's own parameters (dt_bias, A_log, D)."""
+    gradient_clip: NonNegativeFloat = 1.0
+    """Largest gradient norm; 0 = no clipping."""
+    ema_decay: float = Field(0.995, ge=0, lt=1)
+    """Decay of the averaged weights that are kept; 0 = keep the last weights."""
+    checkpoint_every: PositiveInt = 200
+    """Steps between two checkpoints; the result does not depend on it."""
+    log_every: PositiveInt = 20
+    """Steps between two lines of metrics.jsonl; each holds the mean loss since the last."""
+
+
+def learning_rate(config: TrainingConfig, step: int) -> float:
+    """Learning rate of step 0, 1, ... num_steps - 1."""
+    start = config.warmup * config.num_steps if config.schedule == "one-cycle" else 0.0
+    if config.schedule == "constant":
+        return config.learning_rate
+    if step < start:
+        return config.learning_rate * (0.04 + 0.96 * (1 - math.cos(math.pi * (step + 1) / (start + 1))) / 2)
+    fraction = (step - start) / max(1.0, config.num_steps - start)
+    return config.learning_rate * (1 + math.cos(math.pi * fraction)) / 2
+
+
+class Trainer:
+    """Model, average and optimizer, with the step they have reached."""
+
+    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
+        self.model, self.config, self.step = model, config, 0
+        self.window = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+        """Sum of the losses since the last line of metrics."""
+        decay = [p for p in model.parameters() if not getattr(p, "_no_weight_decay", False)]
+        fixed = [p for p in model.parameters() if getattr(p, "_no_weight_decay", False)]
+        groups: list[dict[str, Any]] = [{"params": decay}, {"params": fixed, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        average = get_ema_multi_avg_fn(config.ema_decay)
+        self.average = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if config.ema_decay else None
+
+    @property
+    def result(self) -> nn.Module:
+        """The weights to keep: the average, or the last ones without EMA."""
+        return self.model if self.average is None else self.average.module
+
+    def advance(self, loss: Tensor) -> None:
+        """One optimizer step on `loss`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.config.gradient_clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.step += 1
+
+    def save(self, path: Path) -> None:
+        """Write everything that the next step depends on."""
+        tensors = {"step": torch.tensor(self.step), "window": self.window}
+        tensors |= {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        for i, entry in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{name}": value for name, value in entry.items()}
+        write_tensors(path, tensors)
+
+    def load(self, path: Path) -> None:
+        """Inverse of `save`."""
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
+        tensors = read_tensors(path)
+        for name, value in tensors.items():
+            part, _, rest = name.partition(".")
+            if rest:
+                parts[part][rest] = value.clone()
+        self.step = int(tensors["step"])
+        self.window.copy_(tensors["window"])
+        self.model.load_state_dict(parts["model"])
+        if self.average is not None:
+            self.average.load_state_dict(parts["average"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts["optimizer"].items():
+            i, _, key = name.partition(".")
+            state.setdefault(int(i), {})[key] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[[int], Tensor],
+    config: TrainingConfig,
+    draft: Draft,
+    *,
+    dtype: torch.dtype,
+    on_step: OnStep,
+) -> nn.Module:
+    """Train `model` in place of `draft`, from its checkpoint if there is one.
+
+    Args:
+        model: On its device, initialised.
+        loss: Step number -> scalar loss of `model`; draws only from streams named by that number.
+        config: Length, rates, average.
+        draft: Where checkpoints and `metrics.jsonl` go; the checkpoint is dropped at the end.
+        dtype: Of the forward pass; float32, or bfloat16 / float16 under autocast.
+        on_step: Called after every step; may raise `Interrupted`, which leaves a checkpoint.
+
+    Returns:
+        The model to keep (averaged weights if asked for), in evaluation mode.
+
+    Raises:
+        RpgError: If the loss is no longer finite.
+    """
+    trainer = Trainer(model, config)
+    checkpoint, metrics = draft.path / CHECKPOINT, draft.path / METRICS
+    if checkpoint.exists():
+        try:
+            trainer.load(checkpoint)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise ArtifactError(
+                f"{checkpoint} does not fit the model: {error}.", "Pass --force to start afresh."
+            ) from None
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    lines = [line for line in lines if json.loads(line)["step"] <= trainer.step]
+    device = next(model.parameters()).device
+    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+    def save() -> None:
+        trainer.save(checkpoint)
+        metrics.write_text("".join(line + "\n" for line in lines))
+        draft.resumable = True
+
+    model.train()
+    shown = float("nan")
+    try:
+        while trainer.step < config.num_steps:
+            with autocast:
+                value = loss(trainer.step)
+            trainer.window += value.detach()
+            trainer.advance(value)
+            if trainer.step % config.log_every == 0 or trainer.step == config.num_steps:
+                shown = float(trainer.window) / ((trainer.step - 1) % config.log_every + 1)
+                if not math.isfinite(shown):
+                    raise RpgError(
+                        f"the loss is no longer finite at step {trainer.step}.",
+                        "Lower training.learning_rate, or set training.gradient_clip; the last checkpoint is intact.",
+                    )
+                rate = learning_rate(config, trainer.step - 1)
+                lines.append(json.dumps({"step": trainer.step, "loss": shown, "learning_rate": rate}))
+                trainer.window.zero_()
+            if trainer.step % config.checkpoint_every == 0 and trainer.step < config.num_steps:
+                save()
+            on_step(Step(trainer.step, config.num_steps, {"loss": shown}))
+    except Interrupted:
+        save()
+        raise
+    metrics.write_text("".join(line + "\n" for line in lines))
+    draft.add(METRICS)
+    draft.drop(CHECKPOINT)
+    return trainer.result.eval()
