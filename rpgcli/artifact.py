@@ -95,6 +95,8 @@ class Artifact:
 
     path: Path
     manifest: Manifest
+    made_now: bool = False
+    """Whether this process committed it; otherwise it was there."""
     _checked: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @property
@@ -307,7 +309,7 @@ class Draft:
         write_bytes(self.path / MANIFEST, canonical(manifest.model_dump(by_alias=True)) + b"\n")
         _sync(self.path)
         _place(self.path, self.target)
-        return Artifact(self.target, manifest)
+        return Artifact(self.target, manifest, made_now=True)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from rpgcli.artifact import Draft, canonical, read_json, read_tensors, write_byt
 from rpgcli.config import Config
 from rpgcli.errors import ArtifactError, UsageError
 from rpgcli.problem import Problem, State
-from rpgcli.progress import OnStep, Step
+from rpgcli.progress import OnStep, Step, in_phase
 from rpgcli.tasks import split_tasks
 from rpgcli.zoo import Network
 
@@ -318,7 +318,7 @@ def collect(
         before, num = sum(n.last for n in networks), len(block)
 
         def report(step: Step, before: int = before, num: int = num) -> None:
-            on_step(Step(round(before + num * step.done / step.total), len(plan)))
+            on_step(Step(round(before + num * step.done / step.total), len(plan), unit="network"))
 
         record = draft.path / f"block-{b:05d}.json"
         found = _finished(draft, record)
@@ -356,7 +356,16 @@ def shared_start(
     trunk = whole.build("trunk", seed=seed).state_dict()
     order = shuffled(len(whole.dataset.train.labels), seed, ["pretrain"])
     learner = Stacked(whole, [trunk]) if problem.config.target.batched else Single(whole, trunk)
-    train(whole, learner, whole.labels("train", [None]), order, config.pretrain, seed=seed, save_at=(), on_step=on_step)
+    train(
+        whole,
+        learner,
+        whole.labels("train", [None]),
+        order,
+        config.pretrain,
+        seed=seed,
+        save_at=(),
+        on_step=in_phase(on_step, "shared start"),
+    )
     start = {name: fresh[name] if name in head else value for name, value in learner.snapshot()[0].items()}
     draft.save_tensors(START, start)
     return start
@@ -441,7 +450,7 @@ def bring_in(problem: Problem, folder: Path, draft: Draft, *, on_step: OnStep) -
         network = Network(file=f"{i:05d}.safetensors", split="seen", run=i, accuracy=measured)
         draft.save_tensors(network.file, state)
         networks.append(network)
-        on_step(Step(i + 1, len(paths)))
+        on_step(Step(i + 1, len(paths), unit="network"))
     return networks
 
 

@@ -94,7 +94,10 @@ class Generator:
         chosen = parse_state(state, self.num_states)
         drawn = int(torch.randint(self.num_states, (), generator=generator))
         chosen = drawn if chosen is None else chosen
-        noise = lambda: torch.randn(self.mask.shape, generator=generator).to(self.device)  # noqa: E731
+
+        def noise() -> Tensor:
+            return torch.randn(self.mask.shape, generator=generator).to(self.device)  # (L, D)
+
         x_T = sampling.temperature * noise() * self.mask  # (L, D)
         c = self.prototypes(sample.task_bits, chosen)  # (L, M)
         x_0 = self.model.sample(
@@ -130,7 +133,10 @@ class Generator:
         """One network for each task at once, (B, L, D) on the CPU: a quick look, equal to `tokens` to rounding."""
         drawn = [rng.stream(seed, "generate", bits, 0) for bits in task_bits]
         states = torch.tensor([int(torch.randint(self.num_states, (), generator=g)) for g in drawn])
-        noise = lambda: torch.cat([torch.randn(self.mask.shape, generator=g) for g in drawn]).to(self.device)  # noqa: E731
+
+        def noise() -> Tensor:
+            return torch.cat([torch.randn(self.mask.shape, generator=g) for g in drawn]).to(self.device)  # (B * L, D)
+
         mask = self.mask.repeat(len(task_bits), 1)  # (B * L, D)
         with torch.no_grad():
             c = self.model.prototypes(bits_tensor(task_bits).float().to(self.device), states.to(self.device))
@@ -138,7 +144,8 @@ class Generator:
             c.flatten(0, 1), sampling.temperature * noise() * mask, mask,
             sampler=sampling.sampler, num_steps=sampling.num_steps, noise=noise,
         )  # fmt: skip
-        return x_0.float().cpu().unflatten(0, (len(task_bits), -1))
+        tokens: Tensor = x_0.float().cpu().unflatten(0, (len(task_bits), -1))
+        return tokens
 
 
 def expand(tasks: Sequence[tuple[str, str | None]], count: int) -> Iterator[Sample]:

@@ -36,6 +36,8 @@ from rpgcli.training import fit
 from rpgcli.zoo import Network, Zoo
 
 REPORT_SCHEMA = 1
+RECIPE = "recipe.json"
+"""The resolved recipe of a run."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,6 @@ class Run:
         """Folder of a stage that is read."""
         return self.zoo if name == "zoo" and self.zoo is not None else self.folder / name
 
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe of the run."""
-        return self.folder / "recipe.json"
-
     @contextmanager
     def draft(
         self, name: str, stage: str, made_from: Mapping[str, Any], inputs: Mapping[str, Artifact]
@@ -75,6 +72,13 @@ class Run:
             target, stage, section=dict(made_from), inputs=ids, force=self.force, resume=self.resume
         ) as draft:
             yield draft
+
+    def remember(self, recipe: Recipe, *, anew: bool = False) -> None:
+        """Store the resolved recipe in the run, so that later stages need none."""
+        path = self.folder / RECIPE
+        if anew or not path.exists():
+            artifact.make_folder(self.folder)
+            artifact.write_bytes(path, artifact.canonical(recipe.to_json()) + b"\n")
 
     def open(self, config: ProblemConfig) -> Problem:
         """Load the data set of a problem."""
@@ -99,6 +103,7 @@ def run_collect(run: Run, recipe: Recipe, *, source: Path | None = None) -> Arti
     if source is not None:
         made_from["from"] = str(source)
     with run.draft("zoo", "collect", made_from, {}) as draft:
+        run.remember(recipe, anew=run.out is None)
         if draft.finished is not None:
             return draft.finished
         problem = run.open(recipe.problem())
@@ -130,6 +135,7 @@ def run_tokenize(run: Run, recipe: Recipe) -> Artifact:
     begun = time.perf_counter()
     zoo = Zoo.read(run.at("zoo"))
     with run.draft("tokens", "tokenize", section(recipe, "tokens"), {"zoo": zoo.artifact}) as draft:
+        run.remember(recipe)
         if draft.finished is not None:
             return draft.finished
         seen = zoo.select("seen")
@@ -224,14 +230,14 @@ def select(run: Run, generator: Generator, tokens: Artifact, config: SelectionCo
     if not tasks:
         return None
     problem = run.open(ProblemConfig.model_validate_json(json.dumps(tokens.facts["problem"])))
-    tried = []
+    tried: list[dict[str, Any]] = []
     grid = [(s, n, t) for s in config.samplers for n in config.num_steps for t in config.temperatures]
     for i, (sampler, num_steps, temperature) in enumerate(grid):
         sampling = Sampling(sampler=sampler, num_steps=num_steps, temperature=temperature)
         states = [generator.network(x) for x in generator.batch(tasks, sampling, seed=0)]
         accuracy = float(problem.accuracy(states, tasks, "validation").mean())
         tried.append({"sampling": sampling.model_dump(mode="json"), "accuracy": accuracy})
-        run.on_step(Step(i + 1, len(grid), {"validation": accuracy}))
+        run.on_step(Step(i + 1, len(grid), {"validation": accuracy}, "choose sampling", "setting"))
     return {"chosen": max(tried, key=lambda entry: entry["accuracy"]), "tried": tried, "num_tasks": len(tasks)}
 
 
@@ -286,11 +292,19 @@ def read_generator(run: Run, trained: Artifact) -> Generator:
     return Generator(model.to(run.device).eval(), layout, statistics, constants, facts["num_states"])
 
 
-def request_folder(request: Request, config: GenerateConfig, sampling: Sampling) -> str:
-    """`<bits or tasks>-s<seed>-n<count>[-<hash of settings that were given>]`."""
+def request_folder(request: Request, config: GenerateConfig) -> str:
+    """`<bits, or tasks>-s<seed>-n<count>[-<hash of the other settings that were given>]`."""
     rest = config.model_dump(mode="json", exclude={"seed", "count"}, exclude_defaults=True)
     suffix = f"-{artifact.digest(rest)[:8]}" if rest else ""
     return f"{request.name}-s{config.seed}-n{config.count}{suffix}"
+
+
+def generated_folder(folder: Path, name: str | None, recipe: Recipe) -> Path:
+    """The folder of a request by its name (or path); by default what `rpg generate` writes without a task."""
+    if name is not None:
+        return Path(name) if "/" in name else folder / "generated" / name
+    trained = artifact.read(folder / "rpg", "train-rpg")
+    return folder / "generated" / request_folder(default_request(trained, recipe.generate), recipe.generate)
 
 
 def run_generate(run: Run, request: Request, config: GenerateConfig, trained: Artifact) -> Artifact:
@@ -300,7 +314,7 @@ def run_generate(run: Run, request: Request, config: GenerateConfig, trained: Ar
     made_from = {
         "generate": config.model_dump(mode="json"), "request": request.name, "tasks": [list(t) for t in request.tasks],
     }  # fmt: skip
-    folder = "generated/" + request_folder(request, config, sampling)
+    folder = "generated/" + request_folder(request, config)
     with run.draft(folder, "generate", made_from, {"rpg": trained}) as draft:
         if draft.finished is not None:
             return draft.finished
@@ -317,7 +331,7 @@ def run_generate(run: Run, request: Request, config: GenerateConfig, trained: Ar
             draft.save_tensors(name, state)
             networks.append(Network(name, sample.split, sample.task_bits, run=chosen, sample=sample.index).to_json())
             seconds.append(round(time.perf_counter() - started, 4))
-            run.on_step(Step(i + 1, len(samples)))
+            run.on_step(Step(i + 1, len(samples), unit="network"))
         facts = {
             "networks": networks, "method": "rpg", "seed": config.seed, "classes": trained.facts["network"]["classes"],
             "sampling": sampling.model_dump(mode="json"),
@@ -347,34 +361,30 @@ class StrictCheck:
 # --- evaluate ---------------------------------------------------------------------------------------------------------
 
 
-def run_evaluate(run: Run, recipe: Recipe, generated_at: Path, *, min_accuracy: float | None) -> Artifact:
-    """Measure generated, trained and trivially made networks on the same test images.
-
-    Raises:
-        GateError: If generated networks of unseen tasks (of all, without tasks) stay below `min_accuracy`.
-    """
+def run_evaluate(run: Run, recipe: Recipe, generated_at: Path) -> Artifact:
+    """Measure generated, trained and trivially made networks on the same test images."""
     begun = time.perf_counter()
     zoo = Zoo.read(run.at("zoo"))
     tokens = artifact.read(run.at("tokens"), "tokenize")
     generated = Zoo.read(generated_at, "generate")
     inputs = {"zoo": zoo.artifact, "tokens": tokens, "generated": generated.artifact}
     with run.draft("report", "evaluate", section(recipe, "evaluate"), inputs) as draft:
-        done = draft.finished
-        if done is None:
-            report = make_report(run, recipe, zoo, TokenStore(tokens), generated)
-            draft.save_json("report.json", report, varies=True)
-            facts = {k: v for k, v in report.items() if k not in {"groups", "baseline_settings", "training_seconds"}}
-            done = draft.commit(facts, run.volatile(begun))
-    if min_accuracy is not None:
-        report = done.json("report.json")
-        judged = [g for g in report["groups"] if g["kind"] == "generated" and g["split"] in {"unseen", "all"}]
-        reached = min((g["accuracy"]["mean"] for g in judged if g["accuracy"]), default=0.0)
-        if reached < min_accuracy:
-            raise GateError(
-                f"generated networks reach {reached:.4f}, below --min-accuracy {min_accuracy}.",
-                f"The report is in {done.path}.",
-            )
-    return done
+        if draft.finished is not None:
+            return draft.finished
+        report = make_report(run, recipe, zoo, TokenStore(tokens), generated)
+        draft.save_json("report.json", report, varies=True)
+        facts = {k: v for k, v in report.items() if k not in {"groups", "baseline_settings", "training_seconds"}}
+        return draft.commit(facts, run.volatile(begun))
+
+
+def check_gate(report: Mapping[str, Any], min_accuracy: float, path: Path) -> None:
+    """Raise a GateError if generated networks of unseen tasks (of all, without tasks) stay below `min_accuracy`."""
+    judged = [g for g in report["groups"] if g["kind"] == "generated" and g["split"] in {"unseen", "all"}]
+    reached = min((g["accuracy"]["mean"] for g in judged if g["accuracy"]), default=0.0)
+    if reached < min_accuracy:
+        raise GateError(
+            f"generated networks reach {reached:.4f}, below --min-accuracy {min_accuracy}.", f"The report is in {path}."
+        )
 
 
 def make_report(run: Run, recipe: Recipe, zoo: Zoo, store: TokenStore, generated: Zoo) -> dict[str, Any]:

@@ -18,7 +18,15 @@ from rpgcli import rng
 from rpgcli.config import Config
 from rpgcli.errors import LayoutError
 from rpgcli.targets import CnnConfig, TargetConfig, prepare
-from rpgcli.tasks import BinarySubsetConfig, DatasetConfig, DigitsConfig, MultiClassConfig, TaskConfig, augment, bits_tensor
+from rpgcli.tasks import (
+    BinarySubsetConfig,
+    DatasetConfig,
+    DigitsConfig,
+    MultiClassConfig,
+    TaskConfig,
+    augment,
+    bits_tensor,
+)
 
 Split = Literal["train", "validation", "test"]
 State = Mapping[str, Tensor]
@@ -115,7 +123,7 @@ class Problem:
         return torch.cat(rows)
 
     def outputs(self, stacked: State, x: Tensor) -> Tensor:
-        """Logits of N networks whose parameters are stacked, (N, B, O); x is (B, ...) for all or (N, B, ...) for each."""
+        """Logits of N stacked networks, (N, B, O), for common images (B, ...) or each network's own (N, B, ...)."""
         skeleton, x_dim = self.skeleton, None if x.dim() == 4 else 0
         forward = vmap(lambda state, x: functional_call(skeleton, state, (x,)), in_dims=(0, x_dim))
         return forward(dict(stacked), x)  # type: ignore[no-any-return]

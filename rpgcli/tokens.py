@@ -199,7 +199,7 @@ def write_store(
             }
             draft.save_tensors(f"tokens-{i // per_shard:05d}.safetensors", {"tokens": torch.stack(shard), **kept})
             shard, constants = [], []
-        on_step(Step(i + 1, num_states))
+        on_step(Step(i + 1, num_states, unit="checkpoint"))
     statistics = make_statistics(moments, layout, config.standardise, references)
     draft.save_tensors("statistics.safetensors", statistics.tensors())
     draft.save_json("layout.json", layout.to_json())

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -20,6 +20,8 @@ from rpgcli.artifact import Draft, read_tensors, write_tensors
 from rpgcli.config import Config
 from rpgcli.errors import ArtifactError, Interrupted, RpgError
 from rpgcli.progress import OnStep, Step
+
+Model = TypeVar("Model", bound=nn.Module)
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
@@ -129,14 +131,14 @@ class Trainer:
 
 
 def fit(
-    model: nn.Module,
+    model: Model,
     loss: Callable[[int], Tensor],
     config: TrainingConfig,
     draft: Draft,
     *,
     dtype: torch.dtype,
     on_step: OnStep,
-) -> nn.Module:
+) -> Model:
     """Train `model` in place of `draft`, from its checkpoint if there is one.
 
     Args:
@@ -199,4 +201,4 @@ def fit(
     metrics.write_text("".join(line + "\n" for line in lines))
     draft.add(METRICS)
     draft.drop(CHECKPOINT)
-    return trainer.result.eval()
+    return cast("Model", trainer.result.eval())

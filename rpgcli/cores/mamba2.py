@@ -79,9 +79,9 @@ class Mamba2Config(Config):
         return 2 * d_inner + 2 * self.ngroups * d_state + d_inner // headdim
 
     def _advice(self, d_inner: int) -> str:
-        """Name the headdim nearest below the asked one that works, changing d_state only if nothing else does."""
+        """Name the next smaller power of two that works as headdim; change d_state only if nothing else helps."""
         for d_state in (self.d_state, self.d_state + -self.d_state % 4):
-            for headdim in range(min(self.headdim, d_inner), 0, -1):
+            for headdim in (2**i for i in reversed(range(self.headdim.bit_length()))):
                 divides = d_inner % headdim == 0 and (d_inner // headdim) % self.ngroups == 0
                 if divides and self._in_proj_rows(d_inner, headdim, d_state) % 8 == 0:
                     return f"headdim: {headdim} with d_state: {d_state} works"

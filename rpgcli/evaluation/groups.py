@@ -41,9 +41,8 @@ class Group:
         if self.accuracies:
             tasks = self.by_task()
             units = by_pair(tasks) if tasks else list(self.accuracies)
-            accuracy = {
-                "mean": self.mean, "se": standard_error(units), "min": min(self.accuracies), "max": max(self.accuracies),
-            }  # fmt: skip
+            low, high = min(self.accuracies), max(self.accuracies)
+            accuracy = {"mean": self.mean, "se": standard_error(units), "min": low, "max": high}
         return {
             "name": self.name, "kind": self.kind, "split": self.split, "count": len(self.accuracies),
             "accuracy": accuracy, "seconds_per_network": self.seconds_per_network,

@@ -14,6 +14,7 @@ Letters: N seen tasks, S snapshots of each, C bits, P parameters.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,11 @@ def signs(tasks: Sequence[str]) -> Tensor:
     return bits_tensor(tasks).float() * 2 - 1
 
 
-def best(name: str, candidates: Sequence[tuple[dict[str, Any], Callable[[], Predict]]], score: Score) -> Fitted:
+Candidates = Sequence[tuple[dict[str, Any], Callable[[], Predict]]]
+"""Settings and how to fit with them."""
+
+
+def best(name: str, candidates: Candidates, score: Score) -> Fitted:
     """Fit every candidate and keep the one with the highest validation score (the first among equals)."""
     begun, found = time.perf_counter(), None
     for settings, fit in candidates:
@@ -93,22 +98,18 @@ def best(name: str, candidates: Sequence[tuple[dict[str, Any], Callable[[], Pred
 def fit_all(known: Known, score: Score, mlp: Sequence[MlpSetting], seed: int, on_step: OnStep) -> list[Fitted]:
     """Every trivial generator, in order of effort."""
     flat_mean = known.mean.mean(0)
-    table: dict[str, list[tuple[dict[str, Any], Callable[[], Predict]]]] = {
+
+    table: dict[str, Candidates] = {
         "average": [({}, lambda: lambda tasks: flat_mean.expand(len(tasks), -1))],
         "nearest": [
-            ({"parameters": "last snapshot"}, lambda: nearest(known, known.parameters[:, -1])),
-            ({"parameters": "mean of snapshots"}, lambda: nearest(known, known.mean)),
+            ({"parameters": "last snapshot"}, partial(nearest, known, known.parameters[:, -1])),
+            ({"parameters": "mean of snapshots"}, partial(nearest, known, known.mean)),
         ],
-        "ridge": [({"penalty": p}, lambda p=p: ridge(known, p, pairs=False)) for p in RIDGES],
-        "ridge-pairs": [({"penalty": p}, lambda p=p: ridge(known, p, pairs=True)) for p in RIDGES],
-        "mlp": [(setting.model_dump(), lambda s=setting: perceptron(known, s, seed)) for setting in mlp],
+        "ridge": [({"penalty": p}, partial(ridge, known, p, pairs=False)) for p in RIDGES],
+        "ridge-pairs": [({"penalty": p}, partial(ridge, known, p, pairs=True)) for p in RIDGES],
+        "mlp": [(s.model_dump(), partial(perceptron, known, s, seed, on_step)) for s in mlp],
     }
-    fitted = []
-    for name, candidates in table.items():
-        if candidates:
-            fitted.append(best(name, candidates, score))
-            on_step(Step(len(fitted), len(table), {name: fitted[-1].validation}))
-    return fitted
+    return [best(name, candidates, score) for name, candidates in table.items() if candidates]
 
 
 def nearest(known: Known, parameters: Tensor) -> Predict:
@@ -132,7 +133,7 @@ def ridge(known: Known, penalty: float, *, pairs: bool) -> Predict:
     return lambda tasks: (features(tasks) @ weights).float()
 
 
-def perceptron(known: Known, setting: MlpSetting, seed: int) -> Predict:
+def perceptron(known: Known, setting: MlpSetting, seed: int, on_step: OnStep) -> Predict:
     """A two-layer perceptron trained on all snapshots with AdamW and a one-cycle schedule."""
     num_tasks, num_snapshots, num_parameters = known.parameters.shape
     x = known.bits
@@ -145,7 +146,8 @@ def perceptron(known: Known, setting: MlpSetting, seed: int) -> Predict:
     optimiser = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=setting.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, setting.num_steps)
     generator = rng.stream(seed, "baseline", "mlp")
-    for _ in range(setting.num_steps):
+    phase = f"mlp, width {setting.width}, decay {setting.weight_decay:g}"
+    for step in range(setting.num_steps):
         task = torch.randint(num_tasks, (64,), generator=generator)
         snapshot = torch.randint(num_snapshots, (64,), generator=generator)
         loss = (net(x[task]) - known.parameters[task, snapshot]).square().mean()
@@ -153,4 +155,5 @@ def perceptron(known: Known, setting: MlpSetting, seed: int) -> Predict:
         loss.backward()
         optimiser.step()
         schedule.step()
+        on_step(Step(step + 1, setting.num_steps, phase=phase))
     return torch.no_grad()(lambda tasks: net(signs(tasks)))

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
-from rpgcli.errors import RecipeError
+from rpgcli.errors import DataError, RecipeError
 from rpgcli.targets.base import Size, Target
 from rpgcli.targets.torchvision_shim import import_torchvision
 
@@ -73,6 +73,21 @@ class TimmConfig(Target):
                 f"Set target.image_size to a size that it can take, or choose another architecture.{wants}",
             ) from error
         return model
+
+    def published(self, channels: int, size: Size, num_outputs: int) -> dict[str, Tensor]:
+        """timm's published weights, adapted by timm to these channels; the head stays fresh. May fetch them."""
+        timm = import_timm()
+        official = timm.models.get_pretrained_cfg(self.name)
+        fixed = {"img_size": self.input_size(size)} if official is not None and official.fixed_input_size else {}
+        try:
+            model = timm.create_model(self.name, pretrained=True, in_chans=channels, num_classes=num_outputs, **fixed)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise DataError(
+                f"the published weights of timm/{self.name} could not be had: {error}",
+                "Check the network, or give collect.pretrained the path of a weights file.",
+            ) from None
+        weights: dict[str, Tensor] = model.state_dict()
+        return weights
 
 
 def _check_forward(model: nn.Module, channels: int, size: Size, num_outputs: int) -> None:
