@@ -1,0 +1,72 @@
+# make demo   the whole pipeline on handwritten digits (makes .venv first)
+# make test   the tests (makes .venv first)
+# make check  formatting, lint, types
+# One target for each stage, idempotent: make collect RUN=runs/mine RECIPE=digits-tasks, make tokenize RUN=runs/mine, ...
+
+PYTHON ?= python3
+VENV   ?= .venv
+# A user with a GPU or another index overrides this line.
+TORCH  ?= torch==2.13.0 torchvision==0.28.0
+RUN    ?= runs/default
+RECIPE ?=
+ARGS   ?=
+SEEDS  ?= 0 1 2
+
+RPG := $(VENV)/bin/rpg
+export OMP_WAIT_POLICY = PASSIVE
+
+STAGES := collect tokenize train-rpg generate evaluate
+.PHONY: setup demo test test-slow check format $(STAGES) digits-tasks fashion-tasks digits-resnet18
+.DEFAULT_GOAL := demo
+
+setup: $(VENV)/.base
+
+$(VENV)/.base: pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	@for stage in $(STAGES); do $(RPG) $$stage --run $(RUN) --resume || exit $$?; done
+
+# collect takes the recipe; later stages find it in the run.
+collect: setup
+	@$(RPG) collect $(RECIPE) --run $(RUN) --resume $(ARGS)
+
+tokenize train-rpg generate evaluate: setup
+	@$(RPG) $@ --run $(RUN) --resume $(ARGS)
+
+# One zoo, one generator for each of SEEDS; figures of the README.
+digits-tasks fashion-tasks: setup
+	@$(RPG) collect $@ --run runs/$@ --resume
+	@for seed in $(SEEDS); do \
+	  for stage in tokenize "train-rpg --seed $$seed" generate evaluate; do \
+	    case $$stage in tokenize|evaluate) zoo="--zoo runs/$@/zoo";; *) zoo="";; esac; \
+	    case $$stage in tokenize) recipe="$@";; *) recipe="";; esac; \
+	    $(RPG) $$stage $$recipe --run runs/$@/seed-$$seed $$zoo --resume || exit $$?; \
+	  done; \
+	done
+
+digits-resnet18: setup
+	@$(RPG) collect $@ --run runs/$@ --resume
+	@for stage in tokenize train-rpg generate evaluate; do $(RPG) $$stage --run runs/$@ --resume || exit $$?; done
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
+
+test-slow: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest -m "slow" $(ARGS)
+
+check: $(VENV)/.dev
+	$(VENV)/bin/ruff format --check rpgcli tests
+	$(VENV)/bin/ruff check rpgcli tests
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff format rpgcli tests
+	$(VENV)/bin/ruff check --fix rpgcli tests
