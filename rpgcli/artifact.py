@@ -9,7 +9,8 @@ A reader sees the old artifact or the new one. A process killed at any point los
 stage that marked its partial folder as resumable goes on from there.
 
     key   sha256 of what determines the content: stage, schema, recipe section, ids of the inputs
-    id    sha256 of the canonical manifest without `volatile` (seconds, host, versions, device, threads)
+    id    sha256 of the canonical manifest without `volatile` (seconds, host, versions, device, threads); written into
+          `volatile` as well, so that damage to the manifest itself is found
 """
 
 import fcntl
@@ -31,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rpgcli.config import Config
-from rpgcli.errors import ArtifactError, OutputError, UsageError
+from rpgcli.errors import ArtifactError, OutputError, RpgError, UsageError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -67,9 +68,12 @@ class Manifest(Config):
         """The files, those that vary from run to run included; these are outside the id but checked as well."""
         varying = self.volatile.get("files", {})
         try:
-            return self.files | {name: FileRecord.model_validate(record) for name, record in varying.items()}
+            more = {name: FileRecord.model_validate(record) for name, record in varying.items()}
         except (AttributeError, ValidationError):
             raise ArtifactError("volatile.files of a manifest is damaged.", "Make the artifact anew.") from None
+        if twice := sorted(self.files.keys() & more.keys()):  # Outside the id: it must not replace a hash inside it.
+            raise ArtifactError(f"a manifest lists {twice[0]!r} twice.", "Do not trust this folder.")
+        return self.files | more
 
     def identity(self) -> str:
         """The artifact's id: 64 hex digits."""
@@ -150,16 +154,19 @@ def read(path: Path, stage: str) -> Artifact:
         ArtifactError: If it is missing, unfinished, of another stage or schema, or its manifest is damaged.
     """
     if not path.is_dir():
-        if (old := _beside(path, "old")).is_dir():
+        if (old := _old(path)).is_dir():
             path = old  # A replacement was cut off between its two renames: the old artifact is still whole.
-        elif _beside(path, "partial").is_dir():
+        elif _partial(path).is_dir():
             raise ArtifactError(f"{path} is unfinished.", f"Run `rpg {stage} --resume` to finish it.")
         else:
             raise ArtifactError(
                 f"{path} does not exist.", f"Run `rpg {stage}` first, or name the right folder with --run."
             )
     if not (path / MANIFEST).is_file():
-        raise ArtifactError(f"{path} holds no {MANIFEST}: it is not an artifact of rpg.", _remake(stage))
+        raise ArtifactError(
+            f"{path} holds no {MANIFEST}: it is not an artifact of rpg.",
+            f"Restore it from a copy, or move it away and run `rpg {stage}`.",
+        )
     manifest = read_manifest(path / MANIFEST)
     if manifest.stage != stage:
         raise ArtifactError(f"{path} was made by `rpg {manifest.stage}`, but `rpg {stage}` is needed here.")
@@ -185,6 +192,8 @@ def read_manifest(path: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part)[:80] for part in first["loc"])
         raise ArtifactError(f"{path} is not a manifest: {where}: {first['msg']}.", "Make the artifact anew.") from None
+    if manifest.volatile.get("id", manifest.identity()) != manifest.identity():
+        raise ArtifactError(f"{path} is not the manifest that was committed: its hash differs.", _remake(manifest.stage))
     for name in manifest.all_files():
         if not FILE_NAME.fullmatch(name) or name == MANIFEST:
             raise ArtifactError(f"{path} lists a file with a forbidden name: {name!r}.", "Do not trust this folder.")
@@ -219,9 +228,11 @@ def read_json(path: Path) -> Any:
     if _plain_size(path) > MAX_JSON_BYTES:
         raise ArtifactError(f"{path} is larger than {MAX_JSON_BYTES // 2**20} MiB: that is no JSON file of rpg.")
     try:
-        return json.loads(path.read_bytes(), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        value = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        canonical(value)  # Refuses what only looks like JSON: 1e999 and lone surrogates.
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not valid JSON: {error}.", "It is damaged; make the artifact anew.") from None
+    return value
 
 
 def tensors_of(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -289,13 +300,11 @@ class Draft:
         """sha256 of a finished file of the draft."""
         return self._records[name].sha256
 
-    def drop(self, name: str) -> None:
-        """Delete a working file that is not part of the artifact."""
-        self._records.pop(name, None)
-        (self.path / name).unlink(missing_ok=True)
-
     def commit(self, facts: Mapping[str, Any], volatile: Mapping[str, Any]) -> Artifact:
-        """Write the manifest and put the folder in its place; an older artifact there is replaced."""
+        """Write the manifest and put the folder in its place; an older artifact there is replaced.
+
+        Working files that were not added (checkpoints, records of blocks) are deleted.
+        """
         records = {name: record.model_dump() for name, record in sorted(self._records.items())}
         varying = {name: records.pop(name) for name in sorted(self._varying)}
         manifest = Manifest.model_validate({
@@ -306,6 +315,7 @@ class Draft:
         for entry in self.path.iterdir():
             if entry.name not in {BEGUN, *self._records}:
                 entry.unlink()
+        manifest.volatile["id"] = manifest.identity()
         write_bytes(self.path / MANIFEST, canonical(manifest.model_dump(by_alias=True)) + b"\n")
         _sync(self.path)
         _place(self.path, self.target)
@@ -334,8 +344,9 @@ def draft(
     key = _key(stage, section, inputs)
     make_folder(target.parent)
     with _lock(target):
-        partial, old = _beside(target, "partial"), _beside(target, "old")
+        partial, old = _partial(target), _old(target)
         if target.exists():
+            _check_ours(target)
             _remove(old)
         elif old.exists():
             old.rename(target)
@@ -350,9 +361,11 @@ def draft(
             yield Draft(target, target, stage, section, inputs, resumed=False, finished=found)
             return
         resumed = False
+        if partial.exists() and not {entry.name for entry in partial.iterdir()} - {BEGUN + ".tmp"}:
+            _remove(partial)  # Cut off before it was begun.
         if partial.exists():
             begun = _begun(partial)
-            if resume and begun.get("key") == key:
+            if resume and begun == key:
                 if (partial / MANIFEST).exists():  # It was whole, and cut off just before its place was taken.
                     _place(partial, target)
                     yield Draft(target, target, stage, section, inputs, resumed=True, finished=read(target, stage))
@@ -360,7 +373,7 @@ def draft(
                 resumed = True
             elif force:
                 _remove(partial)
-            elif begun.get("key") == key:
+            elif begun == key:
                 raise OutputError(f"{target} is unfinished.", "Pass --resume to go on, or --force to start afresh.")
             else:
                 raise OutputError(
@@ -384,7 +397,7 @@ def differences(manifest: Manifest, section: Mapping[str, Any], inputs: Mapping[
     """One line for each setting or input that differs between an artifact and what is asked for."""
     before, after = _flat({"": manifest.section}), _flat({"": dict(section)})
     lines = [
-        f"{name}: {json.dumps(before.get(name))} there, {json.dumps(after.get(name))} now"
+        f"{name}: {_short(before.get(name))} there, {_short(after.get(name))} now"
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
     ]
@@ -393,23 +406,34 @@ def differences(manifest: Manifest, section: Mapping[str, Any], inputs: Mapping[
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: object = None) -> None:
-    """Write a safetensors file with one metadata entry, readable by the user's umask, synced."""
-    flat = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(flat, temporary, metadata={"rpg": canonical(header).decode()})
-    _open_up(temporary)
-    _sync(temporary)
-    temporary.replace(path)
+    """Write a safetensors file with one metadata entry, readable by the user's umask, synced.
+
+    Raises:
+        RpgError: If it cannot be written, for instance on a full disk.
+    """
+    flat: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, value in tensors.items():
+        own = value.detach().cpu().contiguous()
+        storage = own.untyped_storage().data_ptr()
+        flat[name] = own.clone() if storage in storages else own  # safetensors refuses tied tensors: each has a copy.
+        storages.add(storage)
+    with _replacing(path) as temporary:
+        save_file(flat, temporary, metadata={"rpg": canonical(header).decode()})
+        _open_up(temporary)
+        _sync(temporary)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a small file atomically and synced."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    """Write a small file atomically and synced.
+
+    Raises:
+        RpgError: If it cannot be written, for instance on a full disk.
+    """
+    with _replacing(path) as temporary, temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def make_folder(path: Path) -> None:
@@ -437,30 +461,62 @@ def _key(stage: str, section: Mapping[str, Any], inputs: Mapping[str, str]) -> s
     return digest({"stage": stage, "schema": SCHEMA, "section": section, "inputs": dict(inputs)})
 
 
-def _beside(target: Path, suffix: str) -> Path:
-    return target.with_name(f"{target.name}.{suffix}")
+def _partial(target: Path) -> Path:
+    return target.with_name(f"{target.name}.partial")
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")  # Hidden: it is deleted, and zoo.old may be a copy of the user's.
+
+
+def _check_ours(target: Path) -> None:
+    """Refuse to touch, and above all to replace, what no stage wrote."""
+    if not target.is_dir():
+        raise UsageError(f"{target} is not a folder: a file is in the way.", "Choose another --run or --out.")
+    if not (target / MANIFEST).is_file():
+        raise ArtifactError(
+            f"{target} exists but holds no {MANIFEST}: it is not an artifact of rpg.",
+            "Move it away or delete it, or choose another --run or --out.",
+        )
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of `path` once it is written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise RpgError(
+            f"{path} could not be written: {error}.",
+            "Is the disk full, or the folder gone? Nothing that was finished is lost: run it again with --resume.",
+        ) from None
 
 
 def _remake(stage: str) -> str:
     return f"Restore it from a copy, or make it anew with `rpg {stage} --force`."
 
 
-def _begun(partial: Path) -> dict[str, Any]:
-    with suppress(ArtifactError):
-        value = read_json(partial / BEGUN)
-        if isinstance(value, dict):
-            return value
-    return {}
+def _begun(partial: Path) -> str | None:
+    """The key of an unfinished artifact: from its manifest if it was whole already, else from what it began with."""
+    for name in (MANIFEST, BEGUN):
+        with suppress(ArtifactError):
+            value = read_json(partial / name)
+            return value.get("key") if isinstance(value, dict) else None
+    return None
 
 
 def _place(partial: Path, target: Path) -> None:
     """Put a finished folder in its place, an older one out of it."""
-    old = _beside(target, "old")
+    old = _old(target)
+    (partial / BEGUN).unlink(missing_ok=True)  # The manifest names the key from now on.
     if target.exists():
         target.rename(old)
     partial.rename(target)
     _sync(target.parent)
-    (target / BEGUN).unlink(missing_ok=True)
     _remove(old)
 
 
@@ -471,7 +527,7 @@ def _lock(target: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}.", "Choose another --run.") from None
-    with os.fdopen(descriptor, "r+") as file:
+    with os.fdopen(descriptor, "r+", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -529,6 +585,11 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@ torch and everything that imports it are imported inside the commands, so that `
 
 import inspect
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -90,10 +91,14 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
             common = Common(**{f.name: arguments.pop(f.name) for f in fields(Common)})
             console = Console(quiet=common.quiet, verbose=common.verbose, json_mode=common.json)
             try:
+                if common.run.exists() and not common.run.is_dir():
+                    raise UsageError(f"--run {common.run} is not a folder.", "Name a folder, or one that can be made.")
                 with console.listening():
                     function(console, common, **arguments)
             except RpgError as error:
                 fail(console, error, trace=common.verbose >= 2)
+            except BrokenPipeError:
+                raise typer.Exit(128 + signal.SIGPIPE) from None
             except OSError as error:
                 what = f"{error.filename or 'the system'}: {error.strerror or error}."
                 fail(console, RpgError(what, "Nothing that existed was changed."), trace=common.verbose >= 2)
@@ -294,7 +299,7 @@ def generate(
     )
     if len(networks) > len(rows):
         console.note(f"and {len(networks) - len(rows)} more")
-    following = "evaluate" if request.name in {"tasks", "all"} else f"inspect {found.path}"
+    following = "evaluate" if request.name in {"tasks", "all"} else f"inspect {shlex.quote(str(found.path))}"
     finish(console, common, found, {"networks": networks, "sampling": found.facts["sampling"]}, following)
 
 
@@ -327,10 +332,10 @@ def evaluate(
 
     assignments = [*(set_ or []), *([f"evaluate.seed={seed}"] if seed is not None else [])]
     resolved = stored_recipe(common, recipe, assignments, "evaluate")
-    at = pipeline.generated_folder(common.run, request, resolved)
     if dry_run:
         show_plan(console, common, "evaluate", [resolved], data_root)
         return
+    at = pipeline.generated_folder(common.run, request, resolved)
     with running(
         console,
         common,
@@ -352,7 +357,7 @@ def evaluate(
     columns = ["name", "kind", "split", "count", "mean", "se", "min", "max", "s/network"]
     console.table(f"accuracy on {report['num_test_images']} test images", columns, rows, numeric=columns[3:])
     console.done(report["verdict"])
-    finish(console, common, found, report, "")
+    finish(console, common, found, report, f"verify {shlex.quote(str(common.run))}")
     if min_accuracy is not None:
         pipeline.check_gate(report, min_accuracy, found.path)
 
@@ -393,11 +398,14 @@ def recipes(
 def inspect_(
     console: Console,
     common: Common,
-    path: Annotated[Path, typer.Argument(help="A run, an artifact, or a safetensors file.")],
+    path: Annotated[
+        Path | None, typer.Argument(help="A run, an artifact, or a safetensors file; default: --run.")
+    ] = None,
 ) -> None:
     """Show what a run, an artifact or a network file holds."""
     from rpgcli import artifact
 
+    path = path or common.run
     if path.is_file():
         tensors = artifact.tensors_of(path)
         rows = [[name, "x".join(map(str, shape)) or "scalar", dtype] for name, (dtype, shape) in tensors.items()]
@@ -427,13 +435,13 @@ def inspect_(
 def verify(
     console: Console,
     common: Common,
-    path: Annotated[Path, typer.Argument(help="A run or an artifact.")] = Path("runs/default"),
+    path: Annotated[Path | None, typer.Argument(help="A run or an artifact; default: --run.")] = None,
 ) -> None:
     """Check every byte of an artifact, or of all in a run, against the manifests."""
     from rpgcli import artifact
 
     problems, rows = [], []
-    for folder in artifacts_in(path):
+    for folder in artifacts_in(path or common.run):
         try:
             found, wrong = artifact.verify(folder)
             rows.append(
@@ -483,16 +491,19 @@ class running:
         from rpgcli import pipeline
 
         setup(self.common)
-        self.before = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        return pipeline.Run(
+        run = pipeline.Run(
             self.common.run, device=pick_device(self.common.device), dtype=pick_dtype(self.common.dtype),
             on_step=self.on_step, **self.options,
         )  # fmt: skip
+        self.before = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        return run
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.bars.close()
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.signal and kind is None:
+            raise Interrupted(self.signal, f"rpg {self.stage} was complete by then: the same command shows its result.")
 
     def stop(self, number: int, frame: object) -> None:
         """The first signal ends the stage at its next step, a second one at once."""
@@ -620,9 +631,8 @@ def finish(console: Console, common: Common, found: Any, facts: Any, following: 
                 "facts": facts,
             }
         )
-    if following:
-        there = "" if common.run == Path("runs/default") or following.startswith("inspect") else f" --run {common.run}"
-        console.next_command(f"rpg {following}{there}")
+    known = common.run == Path("runs/default") or following.startswith(("inspect", "verify"))
+    console.next_command(f"rpg {following}" if known else f"rpg {following} --run {shlex.quote(str(common.run))}")
 
 
 def show_plan(
@@ -631,10 +641,28 @@ def show_plan(
     """What a stage would do, without doing it."""
     from rpgcli import planning
 
-    plans = [planning.plan(stage, recipe) for recipe in resolved]
+    setup(common)
+    device = pick_device(common.device)
+    zoo = common.run / "zoo"
+    plans = [planning.plan(stage, recipe, zoo=zoo, data_root=data_root, device=device) for recipe in resolved]
     for plan in plans:
-        console.table(f"{plan['recipe']}: rpg {stage}", ["what", "how much"], planning.rows(plan))
+        rows = [in_units(name, value) for name, value in plan.items() if name not in {"recipe", "stage"}]
+        console.table(f"{plan['recipe']}: rpg {stage}", ["what", "how much"], rows, numeric=["how much"])
     console.result({"plans": plans})
+
+
+def in_units(name: str, value: Any) -> list[str]:
+    """An entry of a plan for people; the end of its name says what it counts."""
+    units: dict[str, Callable[[float], str]] = {
+        "_bytes": human_bytes, "_seconds": human_seconds, "_fraction": lambda x: f"{100 * x:.1f} %"
+    }  # fmt: skip
+    for unit, show in units.items():
+        if name.endswith(unit):
+            roughly = "about " if name.startswith(("estimated", "peak")) else ""
+            return [name.removesuffix(unit).replace("_", " "), roughly + show(value)]
+    if isinstance(value, bool):
+        return [name, "yes" if value else "no"]
+    return [name.replace("_", " "), human_count(value)]
 
 
 def artifacts_in(path: Path) -> list[Path]:
@@ -683,25 +711,45 @@ def fail(console: Console, error: RpgError, *, trace: bool) -> NoReturn:
 
 def report_bug(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """What is shown of an exception that nobody foresaw."""
-    sys.stderr.write(
-        f"internal error: {kind.__name__}: {error}\n  This is a fault of rpg. -vv shows where it happened.\n"
+    what = f"internal error: {kind.__name__}: {error}"
+    Console(json_mode="--json" in sys.argv).error(
+        RpgError(what, "This is a fault of rpg. -vv shows where it happened.")
     )
+
+
+def close_pipes() -> None:
+    """After a reader has gone: let nothing more be written to it, not even at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def run_app() -> Any:
+    """Run the command; what nobody foresaw ends in `report_bug`, with -vv in a traceback."""
+    try:
+        return app(standalone_mode=False)
+    finally:
+        if not any(a.startswith("-vv") for a in sys.argv):
+            sys.excepthook = report_bug  # Not earlier: Typer puts its own hook there.
 
 
 def main() -> NoReturn:
     """Run the command line and exit with the code that its outcome has."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # Waiting threads that spin starve other processes.
-    if not any(a.startswith("-vv") for a in sys.argv):
-        sys.excepthook = report_bug
     try:
-        code = app(standalone_mode=False)
+        code = run_app()
+        sys.stdout.flush()
     except ClickUsageError as error:
         wrong = UsageError(error.format_message(), "See --help.")
-        Console(json_mode="--json" in sys.argv).error(wrong)
+        if wrong.what:  # Without any argument the help was shown instead.
+            Console(json_mode="--json" in sys.argv).error(wrong)
         code = wrong.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = 128 + signal.SIGINT
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
+    if code == 128 + signal.SIGPIPE:
+        close_pipes()
     sys.exit(code if isinstance(code, int) else 0)

@@ -13,7 +13,7 @@ Letters: N networks in a block, n training images, B images in a batch, S snapsh
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -145,19 +145,32 @@ CollectConfig = Annotated[TasksConfig | SeedsConfig | TrajectoryConfig, Field(di
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
-Order = Callable[[int], Tensor]
-"""Which images a network sees when: epoch -> (G, n), one order for all (G = 1) or one for each of G = N networks."""
 
+class Feed:
+    """Which images a network sees when, and how they are augmented: one row for all networks, or one for each.
 
-def shuffled(num_images: int, seed: int, names: Sequence[rng.Name]) -> Order:
-    """Orders drawn from the streams called `names`, one row for each; a single row if all are the same."""
-    streams = list(dict.fromkeys(names))
-    rows = streams if len(streams) == 1 else names
+    A row draws from the streams that carry its name, so a network sees the same whatever else is in its block.
 
-    def order(epoch: int) -> Tensor:
-        return torch.stack([torch.randperm(num_images, generator=rng.stream(seed, "order", n, epoch)) for n in rows])
+    Args:
+        problem: The images.
+        seed: Of all draws.
+        names: One for each of N networks; a single row (G = 1) if all are the same, else G = N.
+    """
 
-    return order
+    def __init__(self, problem: Problem, seed: int, names: Sequence[rng.Name]) -> None:
+        self.problem, self.seed = problem, seed
+        self.rows = names[:1] if len(set(names)) == 1 else names
+        self.num_images = len(problem.dataset.train.labels)
+
+    def order(self, epoch: int) -> Tensor:
+        """The order of the images in an epoch, (G, n)."""
+        streams = [rng.stream(self.seed, "order", row, epoch) for row in self.rows]
+        return torch.stack([torch.randperm(self.num_images, generator=stream) for stream in streams])
+
+    def images(self, index: Tensor, step: int) -> Tensor:
+        """The images of step 0, 1, ... at `index` (G, B), augmented: (G, B, C, H, W)."""
+        streams = [rng.stream(self.seed, "augment", row, step) for row in self.rows]
+        return torch.stack([self.problem.images("train", i, stream) for i, stream in zip(index, streams)])
 
 
 @dataclass(frozen=True)
@@ -214,18 +227,16 @@ class Single:
 
 
 def train(
-    problem: Problem, networks: Stacked | Single, labels: Tensor, order: Order, config: OptimiserConfig, *,
-    seed: int, save_at: Sequence[int], on_step: OnStep,
+    networks: Stacked | Single, labels: Tensor, feed: Feed, config: OptimiserConfig, *,
+    save_at: Sequence[int], on_step: OnStep,
 ) -> list[Snapshot]:  # fmt: skip
     """Train networks side by side.
 
     Args:
-        problem: The images.
         networks: N of them, changed in place.
         labels: What each should answer on the training images, (N, n).
-        order: Which images when.
+        feed: Which images when.
         config: The optimiser.
-        seed: Of the augmentation, if the data set has one.
         save_at: Numbers of steps after which a snapshot is taken.
         on_step: Called after every step.
 
@@ -236,9 +247,8 @@ def train(
     total, done = config.num_steps(labels.shape[1]), 0
     snapshots: list[Snapshot] = []
     for epoch in range(config.epochs):
-        for index in order(epoch).split(config.batch_size, dim=1):  # (G, B)
-            noise = rng.stream(seed, "augment", done)
-            x = problem.images("train", index.flatten(), noise).unflatten(0, index.shape)  # (G, B, C, H, W)
+        for index in feed.order(epoch).split(config.batch_size, dim=1):  # (G, B)
+            x = feed.images(index, done)  # (G, B, C, H, W)
             y = labels.gather(1, index.to(labels.device).expand(len(labels), -1))  # (N, B)
             if index.shape[1] > 1 or isinstance(networks, Stacked):  # Batch norm cannot train on a single last image.
                 loss = F.cross_entropy(networks.outputs(x).flatten(0, 1), y.flatten(), reduction="none")  # (N * B,)
@@ -270,7 +280,7 @@ def make_plan(problem: Problem, config: CollectConfig, seed: int) -> list[Plan]:
     """All trainings of a zoo, in the order of its files.
 
     Raises:
-        UsageError: If the task and the kind of zoo do not fit.
+        UsageError: If the task and the kind of zoo do not fit, or there are more snapshots than steps.
     """
     if (config.kind == "tasks") != problem.has_bits:
         raise UsageError(
@@ -286,6 +296,13 @@ def make_plan(problem: Problem, config: CollectConfig, seed: int) -> list[Plan]:
         ]
         plan = [Plan(split, run, bits) for run in range(config.runs) for split, bits in seen]
         return plan + [Plan(split, 0, bits) for part in others for split, bits in part]
+    if config.kind == "trajectory":
+        steps = config.save.num_steps(len(problem.dataset.train.labels))
+        if config.num_checkpoints > steps:
+            raise UsageError(
+                f"collect.num_checkpoints is {config.num_checkpoints}, but collect.save takes only {steps} steps.",
+                f"Ask for at most {steps}, raise collect.save.epochs, or lower collect.save.batch_size.",
+            )
     return [Plan("seen", run) for run in range(config.num_networks if config.kind == "seeds" else config.runs)]
 
 
@@ -336,38 +353,36 @@ def shared_start(
 ) -> dict[str, Tensor] | None:
     """What every network starts from; None where each has its own start.
 
-    For `tasks`: the trunk trained on the multi-class problem (or given), and one random head.
+    For `tasks`: the trunk trained on the multi-class problem (or given), and one random head. It is kept beside the
+    networks, so that an interrupted collection goes on from the same.
     """
+    if (draft.path / START).exists():
+        return read_tensors(draft.add(START))
     fresh = problem.build("start", seed=seed).state_dict()
     wider = problem.build("trunk", seed=seed, num_outputs=max(problem.dataset.num_classes, problem.num_outputs + 1))
     head = {name for name, value in wider.state_dict().items() if value.shape != fresh[name].shape}
     if config.pretrained is not None:
-        given = (
-            published(problem, download)
-            if config.pretrained == "timm"
-            else imports.read_network(Path(config.pretrained))
-        )
-        return {**fresh, **_fitting(given, fresh, config.pretrained)}
+        if config.pretrained == "timm":
+            given = published(problem, seed, download)
+        else:
+            given = imports.read_network(Path(config.pretrained))
+        kept = _fitting(given, fresh, config.pretrained)
+        if config.kind == "tasks":
+            kept = {name: value for name, value in kept.items() if name not in head}
+        start = {**fresh, **kept}
+        draft.save_tensors(START, start)
+        return start
     if config.kind != "tasks":
         return None
-    if (draft.path / START).exists():
-        return read_tensors(draft.add(START))
     whole = Problem.multi_class(problem)
     trunk = whole.build("trunk", seed=seed).state_dict()
-    order = shuffled(len(whole.dataset.train.labels), seed, ["pretrain"])
+    feed = Feed(whole, seed, ["pretrain"])
     learner = Stacked(whole, [trunk]) if problem.config.target.batched else Single(whole, trunk)
-    train(
-        whole,
-        learner,
-        whole.labels("train", [None]),
-        order,
-        config.pretrain,
-        seed=seed,
-        save_at=(),
-        on_step=in_phase(on_step, "shared start"),
-    )
+    labels = whole.labels("train", [None])
+    train(learner, labels, feed, config.pretrain, save_at=(), on_step=in_phase(on_step, "shared start"))
     start = {name: fresh[name] if name in head else value for name, value in learner.snapshot()[0].items()}
     draft.save_tensors(START, start)
+    draft.resumable = True
     return start
 
 
@@ -377,24 +392,21 @@ def _train_block(
     starts = [start or problem.build("seed", plan.run, seed=seed).state_dict() for plan in block]
     networks = Stacked(problem, starts) if problem.config.target.batched else Single(problem, starts[0])
     labels = problem.labels("train", [plan.task_bits for plan in block])  # (N, n)
-    order = shuffled(labels.shape[1], seed, [plan.run for plan in block])
+    feed = Feed(problem, seed, [plan.run for plan in block])
     total = config.training.num_steps(labels.shape[1])
     if config.kind != "trajectory":
         epoch = total // config.training.epochs
         save_at = [total - epoch * (config.snapshots - 1 - s) for s in range(config.snapshots)]
-        return train(problem, networks, labels, order, config.training, seed=seed, save_at=save_at, on_step=on_step)
+        return train(networks, labels, feed, config.training, save_at=save_at, on_step=on_step)
     extra = config.save.num_steps(labels.shape[1])
     save_at = [round((k + 1) * extra / config.num_checkpoints) for k in range(config.num_checkpoints)]
 
     def report(step: Step, before: int = 0) -> None:
         on_step(Step(before + step.done, total + extra))
 
-    train(problem, networks, labels, order, config.training, seed=seed, save_at=(), on_step=report)
-    dense = shuffled(labels.shape[1], seed, [f"save {plan.run}" for plan in block])
-    return train(
-        problem, networks, labels, dense, config.save,
-        seed=seed, save_at=save_at, on_step=lambda step: report(step, total),
-    )  # fmt: skip
+    train(networks, labels, feed, config.training, save_at=(), on_step=report)
+    dense = Feed(problem, seed, [f"save {plan.run}" for plan in block])
+    return train(networks, labels, dense, config.save, save_at=save_at, on_step=lambda step: report(step, total))
 
 
 def _save_block(
@@ -440,8 +452,14 @@ def bring_in(problem: Problem, folder: Path, draft: Draft, *, on_step: OnStep) -
     """Make a zoo of networks that already exist: every `.safetensors` or `.pth` file of a folder.
 
     Raises:
+        UsageError: If the problem has tasks: nobody knows those of the networks.
         LayoutError: If one does not fit the target.
     """
+    if problem.has_bits:
+        raise UsageError(
+            "networks that already exist come without task bits, but task.kind is binary-subset.",
+            "Set task.kind to multi-class.",
+        )
     paths = imports.networks_in(folder)
     networks = []
     for i, path in enumerate(paths):
@@ -454,8 +472,8 @@ def bring_in(problem: Problem, folder: Path, draft: Draft, *, on_step: OnStep) -
     return networks
 
 
-def published(problem: Problem, download: bool) -> State:
-    """timm's published weights of the target, adapted by timm to its channels.
+def published(problem: Problem, seed: int, download: bool) -> State:
+    """timm's published weights of the target, adapted by timm to its channels; a head of other classes is random.
 
     Raises:
         UsageError: If the target is not timm's, or the weights would have to be fetched without --download.
@@ -470,7 +488,8 @@ def published(problem: Problem, download: bool) -> State:
             f"the published weights of timm/{target.name} would be fetched from the hub.",
             "Pass --download to allow it, or give collect.pretrained the path of a weights file.",
         )
-    return target.published(problem.dataset.channels, problem.dataset.size, problem.num_outputs)
+    with rng.initialising(seed, "published"):
+        return target.published(problem.dataset.channels, problem.dataset.size, problem.num_outputs)
 
 
 def _fitting(given: State, fresh: State, source: str) -> dict[str, Tensor]:

@@ -296,9 +296,17 @@ class Console:
         stream.print(self._text(stream, text, style), soft_wrap=True)
 
 
+class _Stream(RichConsole):
+    """rich's console, which leaves the end of a pipe to its caller."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError that rich has caught."""
+        raise
+
+
 def _rich(stream: TextIO, width: int | None) -> RichConsole:
     """Colours where rich finds them possible and `NO_COLOR` is not set; escape codes on terminals alone."""
-    return RichConsole(
+    return _Stream(
         file=stream,
         width=width,
         force_terminal=stream.isatty(),

@@ -23,6 +23,9 @@ from rpgcli.samplers import DdimConfig, SamplerConfig
 from rpgcli.tasks import bits_tensor
 from rpgcli.tokens import Statistics, detokenize
 
+KEPT_PROTOTYPES = 16
+"""Conditions whose prototypes are kept: a request draws its states in any order."""
+
 
 class GenerateConfig(Config):
     """How networks are sampled; what is left out was chosen on validation tasks when the model was trained."""
@@ -82,7 +85,7 @@ class Generator:
         self.num_states = num_states
         self.device = model.position.device
         self.mask = statistics.varies.to(self.device)  # (L, D)
-        self._prototypes: tuple[object, Tensor] = (None, torch.empty(0))
+        self._prototypes: dict[tuple[str | None, int], Tensor] = {}
 
     def tokens(self, sample: Sample, sampling: Sampling, *, seed: int, state: str) -> tuple[Tensor, int]:
         """Sample one network.
@@ -107,12 +110,14 @@ class Generator:
 
     @torch.no_grad()
     def prototypes(self, task_bits: str | None, state: int) -> Tensor:
-        """Prototypes of one network, (L, M); kept, so that further samples of the same request reuse them."""
-        if self._prototypes[0] != (task_bits, state):
+        """Prototypes of one network, (L, M); kept, so that further samples of the same condition reuse them."""
+        if (task_bits, state) not in self._prototypes:
             bits = bits_tensor([task_bits]).float().to(self.device) if task_bits is not None else None
             c = self.model.prototypes(bits, torch.tensor([state], device=self.device))[0]
-            self._prototypes = ((task_bits, state), c)
-        return self._prototypes[1]
+            if len(self._prototypes) == KEPT_PROTOTYPES:
+                self._prototypes.pop(next(iter(self._prototypes)))  # The oldest.
+            self._prototypes[task_bits, state] = c
+        return self._prototypes[task_bits, state]
 
     def network(self, tokens: Tensor) -> dict[str, Tensor]:
         """A state dict from standardised tokens, (L, D).

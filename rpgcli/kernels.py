@@ -13,6 +13,7 @@ B and C, R = H / G, N = d_state, Q = chunk size, K = d_conv.
 import importlib
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, partial
 from importlib.metadata import version
 from typing import Literal
@@ -138,7 +139,7 @@ def chunked_scan(
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     x, dt, A, B, C, D = (value.to(dtype) for value in (x, dt, A, B, C, D))
-    with torch.autocast(x.device.type, enabled=False):
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):  # `meta` knows no autocast.
         if backend == "cuda":
             kernel = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
             y: Tensor = kernel(x, dt, A, B, C, chunk_size=chunk_size or CUDA_CHUNK_SIZE, D=D)

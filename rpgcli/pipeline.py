@@ -7,10 +7,13 @@ Each stage reads the ones before it in the run folder, and is told apart by its 
 does nothing.
 """
 
+import hashlib
 import json
+import logging
 import platform
+import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +25,10 @@ from torch import Tensor, nn
 from rpgcli import __version__, artifact, kernels, rng
 from rpgcli.artifact import Artifact, Draft
 from rpgcli.collection import bring_in, collect
-from rpgcli.errors import ArtifactError, GateError, UsageError
+from rpgcli.errors import ArtifactError, GateError, LayoutError, UsageError
 from rpgcli.evaluation.groups import Group, verdict
 from rpgcli.generation import GenerateConfig, Generator, Sampling, expand
+from rpgcli.imports import networks_in
 from rpgcli.layout import Layout, make_layout
 from rpgcli.methods import baselines
 from rpgcli.methods.rpg import RPG, RpgConfig, SelectionConfig, build, make_loss
@@ -35,7 +39,11 @@ from rpgcli.tokens import Statistics, TokenStore, detokenize, write_store
 from rpgcli.training import fit
 from rpgcli.zoo import Network, Zoo
 
+logger = logging.getLogger(__name__)
+
 REPORT_SCHEMA = 1
+MEASURED_AT_ONCE = 64
+"""Small networks measured together."""
 RECIPE = "recipe.json"
 """The resolved recipe of a run."""
 
@@ -89,6 +97,7 @@ class Run:
         return {
             "seconds": round(time.perf_counter() - begun, 3), "host": platform.node(), "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
+            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             "versions": {"rpg": __version__, "torch": torch.__version__, "python": platform.python_version()}, **more,
         }  # fmt: skip
 
@@ -101,12 +110,13 @@ def run_collect(run: Run, recipe: Recipe, *, source: Path | None = None) -> Arti
     begun = time.perf_counter()
     made_from = section(recipe, "seed", "dataset", "task", "target", "collect")
     if source is not None:
-        made_from["from"] = str(source)
+        made_from["from"] = digest_of(source)
     with run.draft("zoo", "collect", made_from, {}) as draft:
-        run.remember(recipe, anew=run.out is None)
         if draft.finished is not None:
+            run.remember(recipe, anew=run.out is None)
             return draft.finished
         problem = run.open(recipe.problem())
+        run.remember(recipe, anew=run.out is None and not draft.target.exists())
         if source is None:
             networks = collect(problem, recipe.collect, recipe.seed, draft, download=run.download, on_step=run.on_step)
         else:
@@ -118,7 +128,18 @@ def run_collect(run: Run, recipe: Recipe, *, source: Path | None = None) -> Arti
             "num_parameters": sum(v.numel() for v in problem.reference.values()),
             "num_images": {s: len(getattr(dataset, s).labels) for s in ("train", "validation", "test")},
         }  # fmt: skip
-        return draft.commit(facts, run.volatile(begun))
+        found = draft.commit(facts, run.volatile(begun, **({} if source is None else {"from": str(source)})))
+        run.remember(recipe, anew=run.out is None)
+        return found
+
+
+def digest_of(folder: Path) -> str:
+    """One hash of all network files of a folder, so that a change of any is noticed."""
+    hashes = {}
+    for path in networks_in(folder):
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return artifact.digest(hashes)
 
 
 def problem_of(zoo: Zoo) -> ProblemConfig:
@@ -149,8 +170,7 @@ def run_tokenize(run: Run, recipe: Recipe) -> Artifact:
         layout = make_layout(
             first, token_dim=config.token_dim, granularity=config.granularity, log_variance=config.standardise != "none"
         )
-        states = (zoo.state(network) for network in seen)
-        statistics = write_store(draft, states, len(seen), layout, config, run.on_step)
+        statistics = write_store(draft, states_of(zoo, seen, layout), len(seen), layout, config, run.on_step)
         facts = {
             "num_checkpoints": len(seen), "num_tokens": layout.num_tokens, "token_dim": layout.token_dim,
             "num_parameters": layout.num_parameters, "num_fixed": int((layout.mask() & ~statistics.varies).sum()),
@@ -160,6 +180,21 @@ def run_tokenize(run: Run, recipe: Recipe) -> Artifact:
             "network": {k: zoo.artifact.facts[k] for k in ("classes", "channels", "size", "num_outputs")},
         }  # fmt: skip
         return draft.commit(facts, run.volatile(begun))
+
+
+def states_of(zoo: Zoo, networks: Sequence[Network], layout: Layout) -> Iterator[dict[str, Tensor]]:
+    """State dicts of a zoo, each checked.
+
+    Raises:
+        LayoutError: If one does not fit the layout or is not finite; names its file.
+    """
+    for network in networks:
+        state = zoo.state(network)
+        try:
+            layout.check(state)
+        except LayoutError as error:
+            raise LayoutError(f"{zoo.artifact.path / network.file}: {error.what}", *error.advice) from None
+        yield state
 
 
 def tasks_of(zoo: Zoo, split: str) -> list[str]:
@@ -183,11 +218,13 @@ def run_train_rpg(run: Run, recipe: Recipe) -> Artifact:
     tokens = artifact.read(run.at("tokens"), "tokenize")
     config = recipe.rpg
     with run.draft("rpg", "train-rpg", section(recipe, "rpg"), {"tokens": tokens}) as draft:
+        run.remember(recipe)
         if draft.finished is not None:
             return draft.finished
         store = TokenStore(tokens)
         model = build(config, store, num_bits(config, store)).to(run.device)
         backend = kernels.resolve_backend(getattr(config.core, "backend", "torch"), run.device)
+        logger.info("the core %s runs on %s with the %s backend", config.core.kind, run.device, backend)
         loss = make_loss(model, config, store, run.device)
         model = fit(model, loss, config.training, draft, dtype=run.dtype, on_step=run.on_step)
         trained = time.perf_counter()
@@ -263,9 +300,9 @@ def default_request(trained: Artifact, config: GenerateConfig) -> Request:
 
 
 def request_of(trained: Artifact, task_bits: Sequence[str], name: str) -> Request:
-    """A request for given tasks."""
+    """A request for given tasks; one that is not in the zoo is unseen."""
     sides = {bits: split for split, side in trained.facts["tasks"].items() for bits in side}
-    return Request(name, [(sides.get(bits, "new"), bits) for bits in task_bits])
+    return Request(name, [(sides.get(bits, "unseen"), bits) for bits in task_bits])
 
 
 def sampling_of(trained: Artifact, config: GenerateConfig) -> Sampling:
@@ -336,7 +373,8 @@ def run_generate(run: Run, request: Request, config: GenerateConfig, trained: Ar
             "networks": networks, "method": "rpg", "seed": config.seed, "classes": trained.facts["network"]["classes"],
             "sampling": sampling.model_dump(mode="json"),
         }  # fmt: skip
-        return draft.commit(facts, run.volatile(begun, seconds_per_network=seconds))
+        training = trained.manifest.volatile.get("training_seconds")
+        return draft.commit(facts, run.volatile(begun, seconds_per_network=seconds, training_seconds=training))
 
 
 def strict_check(trained: Artifact) -> "StrictCheck":
@@ -367,6 +405,9 @@ def run_evaluate(run: Run, recipe: Recipe, generated_at: Path) -> Artifact:
     zoo = Zoo.read(run.at("zoo"))
     tokens = artifact.read(run.at("tokens"), "tokenize")
     generated = Zoo.read(generated_at, "generate")
+    check_lineage(tokens, "zoo", zoo.artifact)
+    if generated_at.parent == run.folder / "generated":
+        check_lineage(generated.artifact, "rpg", artifact.read(run.at("rpg"), "train-rpg"))
     inputs = {"zoo": zoo.artifact, "tokens": tokens, "generated": generated.artifact}
     with run.draft("report", "evaluate", section(recipe, "evaluate"), inputs) as draft:
         if draft.finished is not None:
@@ -377,13 +418,25 @@ def run_evaluate(run: Run, recipe: Recipe, generated_at: Path) -> Artifact:
         return draft.commit(facts, run.volatile(begun))
 
 
+def check_lineage(found: Artifact, name: str, source: Artifact) -> None:
+    """Raise an ArtifactError unless `found` was made from `source`."""
+    if found.manifest.inputs.get(name) != source.id:
+        raise ArtifactError(
+            f"{found.path} was not made from {source.path} as it is now.",
+            f"Make it anew with `rpg {found.manifest.stage} --force`, then what follows from it.",
+        )
+
+
 def check_gate(report: Mapping[str, Any], min_accuracy: float, path: Path) -> None:
     """Raise a GateError if generated networks of unseen tasks (of all, without tasks) stay below `min_accuracy`."""
     judged = [g for g in report["groups"] if g["kind"] == "generated" and g["split"] in {"unseen", "all"}]
-    reached = min((g["accuracy"]["mean"] for g in judged if g["accuracy"]), default=0.0)
-    if reached < min_accuracy:
+    reached = [g["accuracy"]["mean"] for g in judged if g["accuracy"]]
+    if not reached:
+        raise GateError("no network was generated for an unseen task, so --min-accuracy is not met.")
+    if not min(reached) >= min_accuracy:
         raise GateError(
-            f"generated networks reach {reached:.4f}, below --min-accuracy {min_accuracy}.", f"The report is in {path}."
+            f"generated networks reach {min(reached):.4f}, below --min-accuracy {min_accuracy}.",
+            f"The report is in {path}.",
         )
 
 
@@ -391,17 +444,24 @@ def make_report(run: Run, recipe: Recipe, zoo: Zoo, store: TokenStore, generated
     """Groups, comparisons and verdict; `report.json`."""
     problem = run.open(problem_of(zoo))
     facts, volatile = generated.artifact.facts, generated.artifact.manifest.volatile
-    judged_split, trained_split = ("unseen", "unseen") if problem.has_bits else ("all", "seen")
+    if problem.has_bits and any(network.task_bits is None for network in generated.networks):
+        raise ArtifactError(
+            f"{generated.artifact.path} was generated without a task: nothing says what its networks should answer.",
+            "Train with rpg.condition: auto, so that networks can be asked for a task.",
+        )
     trained = [trained_group(problem, zoo, split) for split in ("seen", "unseen")]
     made = [
-        generated_group(problem, generated, split, volatile.get("seconds_per_network", []))
+        generated_group(run, problem, generated, split, volatile.get("seconds_per_network", []))
         for split in ("seen", "validation", "unseen", "all")
     ]
+    judged = next(g for split in ("unseen", "all", "validation", "seen") for g in made if g.split == split and g.tasks)
     baselines, settings = (
-        task_baselines(run, recipe, problem, zoo, store) if problem.has_bits else (average_network(problem, store), {})
+        task_baselines(run, recipe, problem, zoo, store, judged)
+        if problem.has_bits
+        else (average_network(problem, store), {})
     )
-    judged = next(g for g in made if g.split == judged_split)
-    sentence, beats, comparisons = verdict(judged, next(g for g in trained if g.split == trained_split), baselines)
+    peers = trained_group(problem, zoo, "seen" if judged.split == "all" else judged.split, only=judged.by_task())
+    sentence, beats, comparisons = verdict(judged, peers, baselines)
     always = {"seen", "unseen"} if problem.has_bits else {"seen", "all"}
     groups = [g for g in [*trained, *made, *baselines] if g.accuracies or g.split in always]
     return {
@@ -416,27 +476,32 @@ def make_report(run: Run, recipe: Recipe, zoo: Zoo, store: TokenStore, generated
     }  # fmt: skip
 
 
-def trained_group(problem: Problem, zoo: Zoo, split: str) -> Group:
-    """Trained networks of a split: the last snapshot of each, as measured when they were collected."""
-    networks = zoo.select(split, last=problem.has_bits)
+def trained_group(problem: Problem, zoo: Zoo, split: str, *, only: Collection[str] = ()) -> Group:
+    """Trained networks of a split (of some tasks): the last snapshot of each, as measured when they were collected."""
+    networks = [n for n in zoo.select(split, last=problem.has_bits) if not only or n.task_bits in only]
     accuracies = [n.accuracy["test"] for n in networks if n.accuracy is not None]
     seconds = zoo.artifact.manifest.volatile.get("seconds", 0.0) / sum(n.last for n in zoo.networks)
     return Group("trained", "trained", split, accuracies, [n.task_bits for n in networks], seconds)
 
 
-def generated_group(problem: Problem, generated: Zoo, split: str, seconds: Sequence[float]) -> Group:
-    """Generated networks of a split, measured now."""
+def generated_group(run: Run, problem: Problem, generated: Zoo, split: str, seconds: Sequence[float]) -> Group:
+    """Generated networks of a split, measured now, some at a time."""
     networks = generated.select(split)
     bits = [n.task_bits for n in networks]
-    accuracies = problem.accuracy([generated.state(n) for n in networks], bits, "test").tolist()
+    size = MEASURED_AT_ONCE if problem.config.target.batched else 1
+    accuracies: list[float] = []
+    for i in range(0, len(networks), size):
+        states = [generated.state(n) for n in networks[i : i + size]]
+        accuracies += problem.accuracy(states, bits[i : i + size], "test").tolist()
+        run.on_step(Step(len(accuracies), len(networks), phase=f"measure {split}", unit="network"))
     each = sum(seconds) / len(seconds) if seconds else None
     return Group(generated.artifact.facts["method"], "generated", split, accuracies, bits, each)
 
 
 def task_baselines(
-    run: Run, recipe: Recipe, problem: Problem, zoo: Zoo, store: TokenStore
+    run: Run, recipe: Recipe, problem: Problem, zoo: Zoo, store: TokenStore, judged: Group
 ) -> tuple[list[Group], dict[str, Any]]:
-    """Trivial generators, settings chosen on validation tasks and images, measured on unseen tasks and test images."""
+    """Trivial generators, settings chosen on validation tasks and images, measured on the judged tasks' test images."""
     tasks = {split: tasks_of(zoo, split) for split in ("seen", "validation", "unseen")}
     rows: dict[str, list[Tensor]] = {task: [] for task in tasks["seen"]}
     for i, checkpoint in enumerate(store.checkpoints):
@@ -452,15 +517,15 @@ def task_baselines(
         return float(problem.accuracy(networks(predict, bits), bits, "validation").mean()) if bits else 0.0
 
     fitted = baselines.fit_all(known, score, recipe.evaluate.mlp, recipe.evaluate.seed, run.on_step)
-    unseen = tasks["unseen"]
-    groups = [Group("majority", "baseline", "unseen", majority(problem, unseen), unseen, 0.0)]
+    asked, split = list(judged.by_task()), judged.split
+    groups = [Group("majority", "baseline", split, majority(problem, asked), asked, 0.0)]
     settings: dict[str, Any] = {}
     for baseline in fitted:
         begun = time.perf_counter()
-        states = networks(baseline.predict, unseen)
-        seconds = (time.perf_counter() - begun) / max(1, len(unseen))
-        accuracies = problem.accuracy(states, unseen, "test").tolist()
-        groups.append(Group(baseline.name, "baseline", "unseen", accuracies, unseen, seconds))
+        states = networks(baseline.predict, asked)
+        seconds = (time.perf_counter() - begun) / len(asked)
+        accuracies = problem.accuracy(states, asked, "test").tolist()
+        groups.append(Group(baseline.name, "baseline", split, accuracies, asked, seconds))
         settings[baseline.name] = {
             "chosen": baseline.settings, "validation": baseline.validation, "seconds": round(baseline.seconds, 3),
         }  # fmt: skip
@@ -469,8 +534,6 @@ def task_baselines(
 
 def majority(problem: Problem, tasks: Sequence[str]) -> list[float]:
     """Accuracy of always giving the answer that is more frequent among the training images."""
-    if not tasks:
-        return []
     often = problem.labels("train", tasks).double().mean(1).round().long()  # (n,)
     return (problem.labels("test", tasks) == often[:, None]).double().mean(1).tolist()
 

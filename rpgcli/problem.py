@@ -16,7 +16,7 @@ from torch.func import functional_call, vmap
 
 from rpgcli import rng
 from rpgcli.config import Config
-from rpgcli.errors import LayoutError
+from rpgcli.imports import match_network
 from rpgcli.targets import CnnConfig, TargetConfig, prepare
 from rpgcli.tasks import (
     BinarySubsetConfig,
@@ -110,6 +110,7 @@ class Problem:
         Raises:
             LayoutError: If a state dict does not fit the target.
         """
+        states = [match_network(state, self.reference) for state in states]
         num_images = len(getattr(self.dataset, split).labels)
         values = self.dataset.channels * self.input_size[0] * self.input_size[1] * 8  # 8: a first layer's channels
         if not self.config.target.batched:
@@ -136,10 +137,7 @@ class Problem:
 
     def _predict_one(self, state: State, split: Split, at_once: int) -> Tensor:
         model = self.build("reference")
-        try:
-            model.load_state_dict(dict(state), strict=True)
-        except RuntimeError as error:
-            raise LayoutError(f"a network does not fit the target: {error}.") from None
+        model.load_state_dict(dict(state), strict=True)
         index = torch.arange(len(getattr(self.dataset, split).labels)).split(at_once)
         model.eval()
         return torch.cat([model(self.images(split, i)).argmax(-1) for i in index])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rpgcli.artifact import Artifact, Draft
 from rpgcli.config import Config
+from rpgcli.errors import ArtifactError
 from rpgcli.layout import Granularity, Layout
 from rpgcli.progress import OnStep, Step
 
@@ -63,7 +64,7 @@ class Statistics:
         """Inverse of `standardise`, (..., L, D): a coordinate that never varied becomes its mean."""
         if self.raw:
             return tokens
-        return tokens * (self.scale * self.varies) + self.mean
+        return torch.where(self.varies, tokens * self.scale + self.mean, self.mean)
 
     def tensors(self) -> dict[str, Tensor]:
         """For `statistics.safetensors`."""
@@ -105,12 +106,12 @@ def make_statistics(moments: Moments, layout: Layout, standardise: str, referenc
         deviation = pooled.clamp(min=0).sqrt()
         floor = FLOOR * deviation if deviation > 0 else torch.tensor(ABSOLUTE_FLOOR, dtype=torch.float64)
         if standardise == "layer":
-            m, scale, varied = m.mean().expand_as(m), deviation.clamp(min=ABSOLUTE_FLOOR).expand_as(m), v >= 0
+            means.append(torch.where(v > 0, m.mean(), m))
+            scales.append(deviation.clamp(min=ABSOLUTE_FLOOR).expand_as(m))
         else:
-            scale, varied = v.sqrt().clamp(min=floor), v > 0
-        means.append(m)
-        scales.append(scale)
-        varies.append(varied)
+            means.append(m)
+            scales.append(v.sqrt().clamp(min=floor))
+        varies.append(v > 0)
     padding = layout.grid(torch.ones(layout.num_parameters)) == 0
     return Statistics(
         layout.grid(torch.cat(means).float()),
@@ -180,7 +181,12 @@ def write_store(
     config: TokensConfig,
     on_step: OnStep,
 ) -> Statistics:
-    """Stream checkpoints into token shards and statistics; memory does not grow with their number."""
+    """Stream checkpoints into token shards and statistics; memory does not grow with their number.
+
+    Raises:
+        LayoutError: If a checkpoint does not fit the layout.
+        ArtifactError: If all are the same.
+    """
     moments, references = Moments(), torch.zeros(0)
     per_shard = max(1, SHARD_BYTES // (4 * layout.num_tokens * layout.token_dim))
     shard: list[Tensor] = []
@@ -192,7 +198,7 @@ def write_store(
         flat = transform(layout.flatten(state), layout, references)
         moments.update(flat)
         shard.append(layout.grid(flat))
-        constants.append({spec.name: state[spec.name] for spec in layout.constants})
+        constants.append({spec.name: state[spec.name].clone() for spec in layout.constants})  # Lets go of the file.
         if len(shard) == per_shard or i == num_states - 1:
             kept = {
                 f"constant.{spec.name}": torch.stack([c[spec.name] for c in constants]) for spec in layout.constants
@@ -201,6 +207,11 @@ def write_store(
             shard, constants = [], []
         on_step(Step(i + 1, num_states, unit="checkpoint"))
     statistics = make_statistics(moments, layout, config.standardise, references)
+    if not statistics.varies.any():
+        raise ArtifactError(
+            f"the {num_states} seen checkpoints hold the same values: there is nothing to learn.",
+            "Collect several snapshots, runs or tasks.",
+        )
     draft.save_tensors("statistics.safetensors", statistics.tensors())
     draft.save_json("layout.json", layout.to_json())
     return statistics

@@ -1,7 +1,8 @@
 """One `fit` for every trainable part: AdamW, learning-rate schedule, EMA, checkpoints, resume.
 
 The loss of step s draws its random numbers from streams named by s, so the state of training is the model, its
-average, the optimizer and s alone; a run stopped anywhere goes on bit for bit (same machine and threads).
+average, the optimizer and s alone; a run stopped anywhere goes on bit for bit (same machine and threads). The last
+checkpoint outlives training, so that a stage that is stopped later on does not train again.
 """
 
 import json
@@ -16,7 +17,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from rpgcli.artifact import Draft, read_tensors, write_tensors
+from rpgcli.artifact import Draft, read_tensors, write_bytes, write_tensors
 from rpgcli.config import Config
 from rpgcli.errors import ArtifactError, Interrupted, RpgError
 from rpgcli.progress import OnStep, Step
@@ -70,6 +71,8 @@ class Trainer:
         self.model, self.config, self.step = model, config, 0
         self.window = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
         """Sum of the losses since the last line of metrics."""
+        self.num_finite = torch.zeros((), dtype=torch.int64, device=self.window.device)
+        """Steps up to the first loss that was not finite; on the device, so that no step waits for it."""
         decay = [p for p in model.parameters() if not getattr(p, "_no_weight_decay", False)]
         fixed = [p for p in model.parameters() if getattr(p, "_no_weight_decay", False)]
         groups: list[dict[str, Any]] = [{"params": decay}, {"params": fixed, "weight_decay": 0.0}]
@@ -89,6 +92,8 @@ class Trainer:
 
     def advance(self, loss: Tensor) -> None:
         """One optimizer step on `loss`."""
+        self.window += loss.detach()
+        self.num_finite += loss.detach().isfinite() & (self.num_finite == self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -99,6 +104,15 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.step += 1
+
+    def check_finite(self) -> None:
+        """Raise an RpgError if a loss or a weight was no longer finite."""
+        broken = int(self.num_finite) < self.step
+        if broken or not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise RpgError(
+                f"the loss is no longer finite at step {int(self.num_finite) + broken}.",
+                "Lower training.learning_rate, or set training.gradient_clip; the last checkpoint is intact.",
+            )
 
     def save(self, path: Path) -> None:
         """Write everything that the next step depends on."""
@@ -120,6 +134,7 @@ class Trainer:
                 parts[part][rest] = value.clone()
         self.step = int(tensors["step"])
         self.window.copy_(tensors["window"])
+        self.num_finite.fill_(self.step)
         self.model.load_state_dict(parts["model"])
         if self.average is not None:
             self.average.load_state_dict(parts["average"])
@@ -145,7 +160,7 @@ def fit(
         model: On its device, initialised.
         loss: Step number -> scalar loss of `model`; draws only from streams named by that number.
         config: Length, rates, average.
-        draft: Where checkpoints and `metrics.jsonl` go; the checkpoint is dropped at the end.
+        draft: Where checkpoints and `metrics.jsonl` go; committing it drops the last checkpoint.
         dtype: Of the forward pass; float32, or bfloat16 / float16 under autocast.
         on_step: Called after every step; may raise `Interrupted`, which leaves a checkpoint.
 
@@ -170,8 +185,11 @@ def fit(
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
     def save() -> None:
-        trainer.save(checkpoint)
-        metrics.write_text("".join(line + "\n" for line in lines))
+        trainer.check_finite()
+        write_bytes(metrics, "".join(line + "\n" for line in lines).encode())
+        trainer.save(
+            checkpoint
+        )  # After the metrics: lines of later steps are dropped on reading, none is ever missing.
         draft.resumable = True
 
     model.train()
@@ -180,25 +198,18 @@ def fit(
         while trainer.step < config.num_steps:
             with autocast:
                 value = loss(trainer.step)
-            trainer.window += value.detach()
             trainer.advance(value)
             if trainer.step % config.log_every == 0 or trainer.step == config.num_steps:
+                trainer.check_finite()
                 shown = float(trainer.window) / ((trainer.step - 1) % config.log_every + 1)
-                if not math.isfinite(shown):
-                    raise RpgError(
-                        f"the loss is no longer finite at step {trainer.step}.",
-                        "Lower training.learning_rate, or set training.gradient_clip; the last checkpoint is intact.",
-                    )
                 rate = learning_rate(config, trainer.step - 1)
                 lines.append(json.dumps({"step": trainer.step, "loss": shown, "learning_rate": rate}))
                 trainer.window.zero_()
-            if trainer.step % config.checkpoint_every == 0 and trainer.step < config.num_steps:
+            if trainer.step % config.checkpoint_every == 0 or trainer.step == config.num_steps:
                 save()
             on_step(Step(trainer.step, config.num_steps, {"loss": shown}))
     except Interrupted:
         save()
         raise
-    metrics.write_text("".join(line + "\n" for line in lines))
     draft.add(METRICS)
-    draft.drop(CHECKPOINT)
     return cast("Model", trainer.result.eval())

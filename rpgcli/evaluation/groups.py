@@ -102,6 +102,9 @@ def standard_error(values: Sequence[float]) -> float:
 
 def verdict(generated: Group, trained: Group | None, baselines: Sequence[Group]) -> tuple[str, bool, list[Comparison]]:
     """One sentence on how the generated networks do, whether every trivial generator is beaten, and all comparisons."""
+    if not generated.accuracies:
+        return f"{generated.name} generated no network to be judged ({generated.split}).", False, []
+    baselines = [b for b in baselines if b.accuracies]
     what = f"{len(generated.by_task()) or len(generated.accuracies)} {generated.split} "
     what += "tasks" if generated.by_task() else "networks"
     sentence = f"{generated.name} reaches {generated.mean:.4f} on {what}"
@@ -112,11 +115,13 @@ def verdict(generated: Group, trained: Group | None, baselines: Sequence[Group])
     comparisons = [compare(generated, baseline) for baseline in baselines]
     if not comparisons:
         return sentence + "; nothing trivial to compare with.", False, []
-    strongest = max(baselines, key=lambda b: b.mean)
+    unbeaten = [b for b, c in zip(baselines, comparisons) if not c.above]
+    beats = not unbeaten
+    strongest = max(unbeaten or baselines, key=lambda b: b.mean)
     against = next(c for c in comparisons if c.against == strongest.name)
     amount = f"{100 * against.difference:+.2f} ± {100 * against.se:.2f} points"
-    named = f"the strongest trivial generator ({strongest.name}, {strongest.mean:.4f})"
-    beats = all(c.above for c in comparisons)
+    rank = "the strongest" if strongest.mean == max(b.mean for b in baselines) else "a"
+    named = f"{rank} trivial generator ({strongest.name}, {strongest.mean:.4f})"
     if beats:
         return f"{sentence}, and beats {named} by {amount} (paired).", True, comparisons
     return f"{sentence}: no better than {named}, {amount} (paired).", False, comparisons
