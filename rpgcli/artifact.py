@@ -193,7 +193,9 @@ def read_manifest(path: Path) -> Manifest:
         where = ".".join(str(part)[:80] for part in first["loc"])
         raise ArtifactError(f"{path} is not a manifest: {where}: {first['msg']}.", "Make the artifact anew.") from None
     if manifest.volatile.get("id", manifest.identity()) != manifest.identity():
-        raise ArtifactError(f"{path} is not the manifest that was committed: its hash differs.", _remake(manifest.stage))
+        raise ArtifactError(
+            f"{path} is not the manifest that was committed: its hash differs.", _remake(manifest.stage)
+        )
     for name in manifest.all_files():
         if not FILE_NAME.fullmatch(name) or name == MANIFEST:
             raise ArtifactError(f"{path} lists a file with a forbidden name: {name!r}.", "Do not trust this folder.")

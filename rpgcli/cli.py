@@ -270,7 +270,7 @@ def generate(
         raise UsageError("several of --task-bits, --classes and --tasks were given.", "Give one of them.")
     given = {"count": count, "num_steps": steps, "temperature": temperature, "seed": seed}
     assignments = [*(set_ or []), *(f"generate.{k}={v}" for k, v in given.items() if v is not None)]
-    assignments += [f"generate.sampler.kind={sampler}"] if sampler is not None else []
+    assignments += [f'generate.sampler={{kind: "{sampler}"}}'] if sampler is not None else []
     assignments += [f'generate.state="{state}"'] if state is not None else []
     config = stored_recipe(common, recipe, assignments, "generate").generate
     trained = artifact.read(common.run / "rpg", "train-rpg")
@@ -588,7 +588,7 @@ def stored_recipe(
 
 def make_request(trained: Any, config: Any, task_bits: str | None, classes: str | None, tasks: str | None) -> Any:
     """What `rpg generate` was asked for."""
-    from rpgcli import pipeline
+    from rpgcli import artifact, pipeline
     from rpgcli.tasks import parse_classes, parse_task_bits, read_tasks
 
     if task_bits is None and classes is None and tasks is None:
@@ -607,7 +607,8 @@ def make_request(trained: Any, config: Any, task_bits: str | None, classes: str 
         raise UsageError(
             f"--tasks {tasks} cannot be read: {error}.", "Give a text file with one bit string a line."
         ) from None
-    return pipeline.request_of(trained, read_tasks(lines, names), "list")
+    listed = read_tasks(lines, names)
+    return pipeline.request_of(trained, listed, f"list-{artifact.digest(listed)[:8]}")
 
 
 def in_words(bits: str | None, classes: Sequence[str]) -> str:

@@ -26,7 +26,7 @@ from torch import Tensor
 from rpgcli import imports, rng
 from rpgcli.artifact import Draft, canonical, read_json, read_tensors, write_bytes
 from rpgcli.config import Config
-from rpgcli.errors import ArtifactError, UsageError
+from rpgcli.errors import ArtifactError, RpgError, UsageError
 from rpgcli.problem import Problem, State
 from rpgcli.progress import OnStep, Step, in_phase
 from rpgcli.tasks import split_tasks
@@ -423,6 +423,11 @@ def _save_block(
             last = s == len(snapshots) - 1
             if not last and plan.split != "seen":
                 continue  # Only the last network of a task nobody learns from is ever looked at.
+            if not all(bool(value.isfinite().all()) for value in snapshot.states[i].values()):
+                raise RpgError(
+                    f"network {first_file + len(found)} of the zoo is no longer finite after {snapshot.step} steps.",
+                    "Its training diverged: lower collect.training.learning_rate.",
+                )
             validation, test = measured[s]
             network = Network(
                 file=f"{first_file + len(found):05d}.safetensors", split=plan.split, task_bits=plan.task_bits,

@@ -17,7 +17,7 @@ from pydantic import Field
 from rpgcli import strict_yaml
 from rpgcli.artifact import read_json
 from rpgcli.collection import CollectConfig, TasksConfig
-from rpgcli.errors import UsageError, nearest
+from rpgcli.errors import ArtifactError, UsageError, nearest
 from rpgcli.evaluation import EvaluateConfig
 from rpgcli.generation import GenerateConfig
 from rpgcli.methods.rpg import RpgConfig
@@ -100,8 +100,15 @@ def load(
 
 
 def read_stored(path: Path, assignments: Sequence[str] = ()) -> Recipe:
-    """The resolved recipe of a run, with overrides."""
-    document = strict_yaml.Document(read_json(path), str(path), {})
+    """The resolved recipe of a run, with overrides.
+
+    Raises:
+        ArtifactError: If the file is damaged.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path} is not the recipe of a run.", "Name one: `rpg collect RECIPE` writes it anew.")
+    document = strict_yaml.Document(value, str(path), {})
     return strict_yaml.validate(strict_yaml.override(document, assignments), Recipe)
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpgcli.errors import LayoutError
@@ -22,6 +22,7 @@ def layout_of(shapes: list[tuple[int, ...]], token_dim: int, granularity: str) -
     return Layout(specs, token_dim, granularity)  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(SHAPES, st.integers(1, 40), st.sampled_from(GRANULARITIES), st.integers(0, 2))
 def test_ungrid_inverts_grid_and_the_mask_counts_every_value(shapes, token_dim, granularity, num_batch_dims):
     layout = layout_of(shapes, token_dim, granularity)
@@ -36,6 +37,7 @@ def test_ungrid_inverts_grid_and_the_mask_counts_every_value(shapes, token_dim, 
     assert torch.equal(layout.ungrid(poisoned), flat)  # padding is ignored
 
 
+@settings(deadline=None)
 @given(SHAPES, st.integers(1, 40))
 def test_the_number_of_tokens(shapes, token_dim):
     sizes = [math.prod(shape) for shape in shapes]
@@ -43,6 +45,7 @@ def test_the_number_of_tokens(shapes, token_dim):
     assert layout_of(shapes, token_dim, "layer").num_tokens == sum(math.ceil(n / token_dim) for n in sizes)
 
 
+@settings(deadline=None)
 @given(SHAPES, st.integers(1, 40), st.sampled_from(GRANULARITIES))
 def test_indices_number_tensors_and_the_tokens_inside_each(shapes, token_dim, granularity):
     layout = layout_of(shapes, token_dim, granularity)
@@ -56,6 +59,7 @@ def test_indices_number_tensors_and_the_tokens_inside_each(shapes, token_dim, gr
         assert all(set(row[row > 0].tolist()) == {i + 1} for row, i in zip(rows, tensor))  # a token has one tensor
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=4).map(tuple), st.integers(1, 60))
 def test_channel_tokens_hold_whole_channels_or_whole_rows(shape, token_dim):
     """The oracle: a unit is the largest trailing block of dimensions that fits; no token holds a part of one."""
@@ -71,7 +75,7 @@ def test_channel_tokens_hold_whole_channels_or_whole_rows(shape, token_dim):
 
 
 def test_channel_tokens_of_a_convolution():
-    """(16, 8, 3, 3), D = 80: an output channel (72) a token. D = 160: two (144), the largest divisor of 16 that fits."""
+    """(16, 8, 3, 3): at D = 80 an output channel (72 values) a token, at D = 160 two, at D = 40 half of one."""
     for token_dim, num_tokens, width in [(80, 16, 72), (160, 8, 144), (40, 32, 36), (5, 384, 3), (2000, 1, 1152)]:
         layout = layout_of([(16, 8, 3, 3)], token_dim, "channel")
         assert (layout.num_tokens, int(layout.mask()[0].sum())) == (num_tokens, width)

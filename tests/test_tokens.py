@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from torch import Tensor
@@ -87,9 +87,10 @@ def test_raw_tokens_of_one_checkpoint_are_the_store_s(tmp_path):
         )
 
 
+@settings(deadline=None)
 @given(
-    npst.arrays(np.float32, st.integers(2, 9), elements=st.floats(np.float32(1e-3), np.float32(1e4), width=32)),
-    st.floats(np.float32(0.1), 10.0),
+    npst.arrays(np.float32, st.integers(2, 9), elements=st.floats(2**-10, 1e4, width=32)),
+    st.floats(0.1, 10.0),
 )
 def test_the_logarithm_of_variances_is_inverted(variances, factor):
     """The smallest share that the map keeps is 0.001 * 0.95 of the reference mean; larger ones come back."""
@@ -126,7 +127,9 @@ def two_pass(store: TokenStore, states: list[State]) -> tuple[np.ndarray[Any, An
 
 def offset_networks(num: int) -> list[State]:
     """Values far from zero, where a one-pass variance without shift loses all digits."""
-    return [{"a": 1e4 + draw(4, 5, seed=i), "b": 1e-3 * draw(11, seed=i), "c": torch.full((3,), 7.0)} for i in range(num)]
+    return [
+        {"a": 1e4 + draw(4, 5, seed=i), "b": 1e-3 * draw(11, seed=i), "c": torch.full((3,), 7.0)} for i in range(num)
+    ]
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 4 * 8 * 6 * 3, 2**20])
@@ -149,7 +152,6 @@ def test_statistics_do_not_depend_on_the_shards_in_any_bit(tmp_path, monkeypatch
         monkeypatch.setattr(tokens, "SHARD_BYTES", shard_bytes)
         store = token_store(tmp_path / str(i), states, token_dim=16)
         found.append(store.statistics.tensors())
-        assert all(same_bits(store.state(k), store.state(k)) for k in range(6))
     assert len({len(list((tmp_path / str(i)).glob("tokens-*"))) for i in range(3)}) == 3
     assert same_bits(found[0], found[1])
     assert same_bits(found[0], found[2])
@@ -170,7 +172,6 @@ def test_the_layer_mode_pools_over_elements_and_checkpoints(tmp_path):
 def test_a_deviation_is_at_least_a_thousandth_of_its_tensor_s(tmp_path):
     quiet = torch.tensor([1.0, 1e-9, 0.0])  # deviations: loud, quieter than the floor, never varying
     states = [{"w": torch.tensor([5.0, 6.0, 7.0]) + quiet * sign, "still": torch.ones(3)} for sign in (-1, 1, -1, 1)]
-    states = [{"w": s["w"].double().float(), "still": s["still"]} for s in states]
     states[0]["w"][1] = 6.000001  # varies, by less than a thousandth of the pooled deviation
     store = token_store(tmp_path / "t", states, token_dim=8)
     rows = np.stack([s["w"].double().numpy() for s in states])
@@ -198,8 +199,10 @@ def test_checkpoints_that_are_all_the_same_are_refused(tmp_path):
         token_store(tmp_path / "t", [network(0), network(0)], token_dim=16)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(npst.arrays(np.float32, st.tuples(st.integers(2, 6), st.integers(2, 9)), elements=st.floats(-1e3, 1e3, width=32)))
+@settings(max_examples=40, deadline=None)
+@given(
+    npst.arrays(np.float32, st.tuples(st.integers(2, 6), st.integers(2, 9)), elements=st.floats(-1e3, 1e3, width=32))
+)
 def test_standardised_tokens_have_mean_0_and_deviation_1_wherever_they_vary(values):
     moments = tokens.Moments()
     layout = make_layout({"w": torch.zeros(values.shape[1])}, token_dim=4, granularity="flat", log_variance=True)

@@ -193,12 +193,15 @@ def make_loss(model: RPG, config: RpgConfig, store: TokenStore, device: torch.de
         bits_tensor([str(c["task_bits"]) for c in store.checkpoints]).float() if model.condition is not None else None
     )
 
+    learned = store.statistics.varies.any(1).nonzero().flatten()  # Tokens of frozen tensors teach nothing.
+    candidates = (torch.arange(batch_size)[:, None] * num_tokens + learned).flatten()
+
     def loss(step: int) -> Tensor:
         batch = torch.randint(len(store), (batch_size,), generator=rng.stream(config.seed, "batch", step))  # (B,)
-        token = torch.arange(batch_size * num_tokens)  # (K,)
+        token = candidates  # (K,)
         if config.tokens_per_step is not None and config.tokens_per_step < len(token):
             drawn = torch.randperm(len(token), generator=rng.stream(config.seed, "tokens", step))
-            token = drawn[: config.tokens_per_step]
+            token = token[drawn[: config.tokens_per_step]]
         row = token % num_tokens
         x_0 = store.rows(batch[token // num_tokens], row)  # (K, D)
         return model.loss(

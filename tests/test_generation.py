@@ -1,0 +1,170 @@
+"""Generation: a sample depends on its seed, task and number alone."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from rpgcli import rng
+from rpgcli.cores.mamba2 import Mamba2Config
+from rpgcli.denoisers.mlp import MlpDenoiserConfig
+from rpgcli.errors import RpgError, UsageError
+from rpgcli.generation import Generator, Sample, Sampling, expand
+from rpgcli.methods.rpg import RpgConfig, build
+from rpgcli.samplers import DdimConfig, DdpmConfig, DpmSolverConfig
+from rpgcli.tokens import TokenStore
+from tests.helpers import State, draw, same_bits, token_store
+
+TASKS = ["0110", "1001", "1000", "0111"]
+CONFIG = RpgConfig(
+    core=Mamba2Config(d_model=16, headdim=4, d_state=4, num_layers=1), denoiser=MlpDenoiserConfig(width=16, depth=1)
+)
+SAMPLINGS = [
+    Sampling(sampler=DdimConfig(), num_steps=3),
+    Sampling(sampler=DdimConfig(eta=0.5), num_steps=3, temperature=0.7),
+    Sampling(sampler=DdpmConfig(), num_steps=3),
+    Sampling(sampler=DpmSolverConfig(), num_steps=3),
+]
+EACH_SAMPLING = pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: f"{s.sampler.kind}-{s.temperature}")
+
+
+def network(i: int) -> State:
+    return {
+        "w": draw(4, 5, seed=i),
+        "half": draw(6, seed=i).half(),
+        "fixed": torch.tensor([1.0, 2.0]),
+        "bn.running_var": draw(3, seed=i).square() + 0.1,
+        "bn.num_batches_tracked": torch.tensor(5),
+    }
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    checkpoints = [{"task_bits": TASKS[i % 4], "run": i // 4, "step": 0} for i in range(12)]
+    return token_store(
+        tmp_path_factory.mktemp("store") / "tokens", [network(i) for i in range(12)], checkpoints, token_dim=8
+    )
+
+
+def make_generator(store: TokenStore, config: RpgConfig = CONFIG, num_bits: int = 4, num_states: int = 3) -> Generator:
+    """A model with random weights everywhere: a fresh one outputs zeros."""
+    model = build(config, store, num_bits).eval()
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.add_(torch.randn(parameter.shape, generator=rng.stream(0, "weights", i)), alpha=0.2)
+    return Generator(model, store.layout, store.statistics, store.constants(0), num_states)
+
+
+@pytest.fixture
+def generator(store: TokenStore) -> Generator:
+    return make_generator(store)
+
+
+def sample(
+    generator: Generator, bits: str | None, index: int, sampling: Sampling, *, seed: int = 0, state: str = "random"
+) -> Tensor:
+    return generator.tokens(Sample("new", bits, index), sampling, seed=seed, state=state)[0]
+
+
+@EACH_SAMPLING
+def test_sample_i_is_the_same_whatever_else_is_asked_for_and_in_which_order(store, sampling):
+    wanted = [(bits, i) for bits in TASKS for i in range(3)]
+    forwards = {key: sample(make_generator(store), *key, sampling) for key in wanted}
+    one = make_generator(store)
+    backwards = {key: sample(one, *key, sampling) for key in reversed(wanted)}
+    assert all(torch.equal(forwards[key], backwards[key]) for key in wanted)  # bit for bit
+    alone = sample(make_generator(store), "1000", 2, sampling)
+    assert torch.equal(alone, forwards["1000", 2])
+    values = list(forwards.values())
+    assert all(not torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
+
+
+@EACH_SAMPLING
+def test_many_at_once_are_each_alone_to_rounding(generator, sampling):
+    together = generator.batch(TASKS, sampling, seed=7)
+    alone = torch.stack([sample(generator, bits, 0, sampling, seed=7) for bits in TASKS])
+    # other shapes of the same matrix products: float32 rounding, carried through three steps
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_seeds_share_no_noise(generator):
+    by_seed = [{sample(generator, "0110", i, SAMPLINGS[0], seed=s).sum().item() for i in range(5)} for s in range(4)]
+    assert len(set.union(*by_seed)) == 20
+
+
+def test_without_starting_noise_all_samples_of_a_condition_are_one(generator):
+    centre = SAMPLINGS[0].model_copy(update={"temperature": 0.0})
+    samples = [sample(generator, "0110", i, centre, state="1") for i in range(3)]
+    assert torch.equal(samples[0], samples[1])
+    assert not torch.equal(samples[0], sample(generator, "0110", 0, centre, state="2"))
+    assert not torch.equal(samples[0], sample(generator, "1001", 0, centre, state="1"))
+
+
+def test_the_core_runs_once_for_each_condition_whatever_the_steps_and_samples(generator):
+    calls: list[int] = []
+    generator.model.core.register_forward_hook(lambda *_: calls.append(1))
+    conditions = set()
+    for bits in ("0110", "1001"):
+        for index in range(8):
+            for sampling in SAMPLINGS:
+                _, state = generator.tokens(Sample("new", bits, index), sampling, seed=0, state="random")
+                conditions.add((bits, state))
+    assert len(calls) == len(conditions) > 4
+    for index in range(40):  # no more prototypes are kept than a few
+        generator.prototypes(format(index % 16, "04b"), index % 3)
+    assert len(generator._prototypes) == 16
+
+
+def test_the_state_can_be_chosen(generator: Generator) -> None:
+    def ask(state: str, index: int = 0) -> tuple[Tensor, int]:
+        return generator.tokens(Sample("new", "0110", index), SAMPLINGS[0], seed=0, state=state)
+
+    assert [ask(s)[1] for s in ("0", "1", "2", "none")] == [0, 1, 2, -1]
+    tokens = [ask(s)[0] for s in ("0", "1", "2", "none")]
+    assert all(not torch.equal(a, b) for i, a in enumerate(tokens) for b in tokens[:i])
+    drawn = [ask("random", i)[1] for i in range(30)]
+    assert set(drawn) == {0, 1, 2}
+    for i in range(3):  # choosing what would have been drawn changes nothing: the noise is the same
+        assert torch.equal(ask("random", i)[0], ask(str(drawn[i]), i)[0])
+    for bad in ("3", "-1", "x", "", "1.0"):
+        with pytest.raises(UsageError, match="does not exist"):
+            ask(bad)
+
+
+def test_no_state_adds_nothing_to_the_tokens(generator):
+    bits = torch.tensor([[0.0, 1, 1, 0]])
+    without = generator.model.prototypes(bits, None)
+    assert torch.equal(generator.prototypes("0110", -1), without[0])
+
+
+def test_an_unconditional_model_ignores_the_task(store):
+    generator = make_generator(store, CONFIG.model_copy(update={"condition": "none", "state": "none"}), 0, 1)
+    tokens, state = generator.tokens(Sample("all", None, 0), SAMPLINGS[0], seed=0, state="random")
+    assert state == 0
+    assert tokens.shape == (store.layout.num_tokens, 8)
+
+
+@EACH_SAMPLING
+def test_networks_have_the_target_s_names_dtypes_and_fixed_values(generator, store, sampling):
+    tokens = sample(generator, "0110", 0, sampling)
+    assert not tokens[~store.statistics.varies].any()  # padding and fixed slots stay zero at every step
+    state = generator.network(tokens)
+    expected = network(0)
+    assert list(state) == list(expected)
+    assert all(state[n].dtype == v.dtype and state[n].shape == v.shape for n, v in expected.items())
+    for name in ("fixed", "bn.num_batches_tracked"):
+        assert same_bits({name: state[name]}, {name: expected[name]})
+    assert bool((state["bn.running_var"] > 0).all())
+
+
+def test_a_network_that_is_not_finite_is_refused(generator, store):
+    tokens = torch.full((store.layout.num_tokens, 8), 1e6)  # overflows float16
+    with pytest.raises(RpgError, match="NaN or infinity in half") as error:
+        generator.network(tokens)
+    assert "temperature" in str(error.value)
+
+
+def test_a_request_is_so_many_samples_of_each_task():
+    found = list(expand([("seen", "01"), ("unseen", "10")], 2))
+    assert [(s.split, s.task_bits, s.index) for s in found] == [
+        ("seen", "01", 0), ("seen", "01", 1), ("unseen", "10", 0), ("unseen", "10", 1),
+    ]  # fmt: skip

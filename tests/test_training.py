@@ -1,0 +1,313 @@
+"""Training: resuming changes nothing, not even a bit; rates, average, weight decay and failures."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rpgcli import artifact, rng, training
+from rpgcli.artifact import Artifact, Draft
+from rpgcli.errors import ArtifactError, Interrupted, RpgError
+from rpgcli.progress import OnStep, Step, silent
+from rpgcli.training import CHECKPOINT, METRICS, Trainer, TrainingConfig, fit, learning_rate
+from tests.helpers import make, same_bits, stop_after
+
+CONFIG = TrainingConfig(
+    num_steps=8, learning_rate=0.05, weight_decay=0.1, ema_decay=0.6, checkpoint_every=3, log_every=2
+)
+
+
+class Model(nn.Module):
+    """A little of everything: shared kinds of parameters, a buffer that moves, one that does not, no weight decay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        self.free = nn.Parameter(torch.ones(2))
+        self.free._no_weight_decay = True  # type: ignore[attr-defined]
+        self.unused = nn.Parameter(torch.ones(1))
+        self.register_buffer("position", torch.arange(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * self.free + self.position  # type: ignore[no-any-return]
+
+
+def model() -> Model:
+    with rng.initialising(0, "model"):
+        return Model()
+
+
+def loss_of(model: nn.Module) -> Callable[[int], Tensor]:
+    def loss(step: int) -> Tensor:
+        x = torch.randn(5, 3, generator=rng.stream(0, "batch", step))
+        return (model(x) - x[:, :2]).square().mean()  # type: ignore[no-any-return]
+
+    return loss
+
+
+def train(target: Path, config: TrainingConfig = CONFIG, *, on_step: OnStep = silent, resume: bool = True) -> Artifact:
+    def body(draft: Draft) -> Mapping[str, Any]:
+        net = model()
+        fitted = fit(net, loss_of(net), config, draft, dtype=torch.float32, on_step=on_step)
+        assert not fitted.training
+        draft.save_tensors("model.safetensors", fitted.state_dict())
+        return {}
+
+    return make(target, body, stage="train-rpg", resume=resume)
+
+
+SCHEDULES = ["one-cycle", "cosine", "constant"]
+
+
+@pytest.mark.parametrize("ema_decay", [0.6, 0.0])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_run_stopped_after_any_step_goes_on_bit_for_bit(tmp_path, schedule, ema_decay):
+    config = CONFIG.model_copy(update={"schedule": schedule, "ema_decay": ema_decay})
+    whole = train(tmp_path / "whole", config)
+    for stop in range(1, 9):
+        target = tmp_path / str(stop)
+        with pytest.raises(Interrupted):
+            train(target, config, on_step=stop_after(stop))
+        assert (target.with_name(f"{stop}.partial") / CHECKPOINT).exists()
+        assert train(target, config).id == whole.id  # the id holds the hashes of model and metrics
+
+
+def test_a_run_stopped_again_and_again_goes_on_bit_for_bit(tmp_path):
+    whole = train(tmp_path / "whole")
+    for _ in range(8):
+        with pytest.raises(Interrupted):
+            train(tmp_path / "again", on_step=stop_after(1))
+    assert train(tmp_path / "again").id == whole.id
+
+
+def test_how_often_checkpoints_are_written_changes_nothing(tmp_path):
+    ids = {train(tmp_path / str(n), CONFIG.model_copy(update={"checkpoint_every": n})).id for n in (1, 3, 100)}
+    assert len(ids) == 1
+
+
+class Killed(BaseException):
+    """kill -9: no handler runs."""
+
+
+@pytest.mark.parametrize("write", range(1, 8))  # three checkpoints, each after its metrics
+def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_bit_for_bit(tmp_path, monkeypatch, write):
+    whole = train(tmp_path / "whole")
+    written: list[Path] = []
+
+    def or_die(do: Callable[..., None]) -> Callable[..., None]:
+        def call(path: Path, *args: Any) -> None:
+            written.append(path)
+            if len(written) == write:
+                raise Killed
+            do(path, *args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("write_bytes", "write_tensors"):
+            patch.setattr(training, name, or_die(getattr(artifact, name)))
+        patch.setattr(artifact, "_remove", lambda path: None)  # nothing is tidied up either
+        with suppress(Killed):
+            train(tmp_path / "killed")
+    assert {path.name for path in written} <= {CHECKPOINT, METRICS}
+    assert train(tmp_path / "killed").id == whole.id
+
+
+def test_training_is_not_repeated_when_a_later_part_of_the_stage_is_stopped(tmp_path):
+    steps: list[int] = []
+
+    def body(fail: bool) -> Callable[[Draft], Mapping[str, Any]]:
+        def run(draft: Draft) -> Mapping[str, Any]:
+            net = model()
+            on_step: OnStep = lambda step: steps.append(step.done)  # noqa: E731
+            fitted = fit(net, loss_of(net), CONFIG, draft, dtype=torch.float32, on_step=on_step)
+            if fail:
+                raise Interrupted(2)
+            draft.save_tensors("model.safetensors", fitted.state_dict())
+            return {}
+
+        return run
+
+    with pytest.raises(Interrupted):
+        make(tmp_path / "rpg", body(True), stage="train-rpg")
+    found = make(tmp_path / "rpg", body(False), stage="train-rpg", resume=True)
+    assert steps == list(range(1, 9))
+    assert found.id == train(tmp_path / "whole").id
+    assert not (found.path / CHECKPOINT).exists()
+
+
+def test_metrics_hold_the_mean_loss_since_the_last_line(tmp_path):
+    losses: list[float] = []
+
+    def body(draft: Draft) -> Mapping[str, Any]:
+        net = model()
+        inner = loss_of(net)
+
+        def loss(step: int) -> Tensor:
+            value = inner(step)
+            losses.append(float(value.detach()))
+            return value
+
+        fit(net, loss, CONFIG.model_copy(update={"log_every": 3}), draft, dtype=torch.float32, on_step=silent)
+        return {}
+
+    found = make(tmp_path / "rpg", body)
+    lines = [json.loads(line) for line in found.file(METRICS).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 8]
+    expected = [sum(losses[a:b]) / (b - a) for a, b in [(0, 3), (3, 6), (6, 8)]]
+    assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-12)  # summed in float64
+    assert [line["learning_rate"] for line in lines] == [learning_rate(CONFIG, s - 1) for s in (3, 6, 8)]
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(("log_every", "checkpoint_every"), [(1, 2), (100, 2), (2, 100), (100, 100)])
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_leaves_the_checkpoint(
+    tmp_path, bad, log_every, checkpoint_every
+):
+    config = CONFIG.model_copy(update={"log_every": log_every, "checkpoint_every": checkpoint_every})
+
+    def body(draft: Draft) -> Mapping[str, Any]:
+        net = model()
+        inner = loss_of(net)
+        fit(net, lambda s: inner(s) * (bad if s == 5 else 1), config, draft, dtype=torch.float32, on_step=silent)
+        return {}
+
+    with pytest.raises(RpgError, match=r"no longer finite at step 6\.") as error:
+        make(tmp_path / "rpg", body)
+    assert error.value.exit_code == 1
+    partial = tmp_path / "rpg.partial"
+    assert partial.exists() == (checkpoint_every == 2)
+    if partial.exists():
+        kept = artifact.read_tensors(partial / CHECKPOINT)
+        assert int(kept["step"]) == 4
+        assert all(bool(t.isfinite().all()) for t in kept.values() if t.is_floating_point())
+
+
+def test_ctrl_c_does_not_save_a_broken_model(tmp_path):
+    def body(draft: Draft) -> Mapping[str, Any]:
+        net = model()
+        inner = loss_of(net)
+        fit(net, lambda s: inner(s) * math.nan, CONFIG, draft, dtype=torch.float32, on_step=stop_after(1))
+        return {}
+
+    with pytest.raises(RpgError, match="at step 1"):
+        make(tmp_path / "rpg", body)
+    assert not (tmp_path / "rpg.partial").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    with pytest.raises(Interrupted):
+        train(tmp_path / "rpg", on_step=stop_after(4))
+    checkpoint = tmp_path / "rpg.partial" / CHECKPOINT
+    tensors = artifact.read_tensors(checkpoint)
+    artifact.write_tensors(checkpoint, {**tensors, "model.free": torch.ones(3)})
+    with pytest.raises(ArtifactError, match="does not fit the model"):
+        train(tmp_path / "rpg")
+    checkpoint.write_bytes(b"x" * 100)
+    with pytest.raises(ArtifactError, match="not a safetensors file"):
+        train(tmp_path / "rpg")
+
+
+# --- the optimizer ----------------------------------------------------------------------------------------------------
+
+
+def test_the_average_is_the_one_computed_by_hand():
+    net, config = model(), CONFIG
+    trainer = Trainer(net, config)
+    loss = loss_of(net)
+    average: dict[str, Tensor] = {}
+    for step in range(8):
+        trainer.advance(loss(step))
+        now = {n: p.detach().double() for n, p in [*net.named_parameters(), *net.named_buffers()]}
+        average = (
+            {n: config.ema_decay * average[n] + (1 - config.ema_decay) * v for n, v in now.items()} if step else now
+        )
+    found = trainer.result.state_dict()
+    for name, value in average.items():
+        if found[name].is_floating_point():
+            torch.testing.assert_close(found[name].double(), value, rtol=1e-6, atol=1e-7)  # eight float32 steps
+    assert torch.equal(found["position"], torch.arange(2.0))
+    without = Trainer(model(), config.model_copy(update={"ema_decay": 0.0}))
+    assert without.result is without.model
+
+
+def test_weight_decay_spares_the_parameters_that_say_so():
+    net = model()
+    trainer = Trainer(net, CONFIG.model_copy(update={"schedule": "constant"}))
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    trainer.advance(sum((p * 0).sum() for p in net.parameters()))  # type: ignore[arg-type]
+    shrink = 1 - CONFIG.learning_rate * CONFIG.weight_decay
+    for name, value in net.named_parameters():
+        expected = before[name] * (1.0 if name == "free" else shrink)
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+
+
+def test_the_step_is_adamw_s_with_clipped_gradients():
+    """The oracle: torch's plain AdamW on a copy, gradients scaled by hand."""
+    ours, other = model().eval(), model().eval()  # batch norm in training hides biases: their gradients are noise
+    config = CONFIG.model_copy(update={"gradient_clip": 0.01, "ema_decay": 0.0})
+    trainer = Trainer(ours, config)
+    groups = [{"params": [p for n, p in other.named_parameters() if n != "free"]}, {"params": [other.free]}]
+    groups[1]["weight_decay"] = 0.0  # type: ignore[assignment]
+    adamw = torch.optim.AdamW(groups, lr=1.0, weight_decay=config.weight_decay)
+    for step in range(8):
+        trainer.advance(loss_of(ours)(step))
+        adamw.zero_grad()
+        loss_of(other)(step).backward()
+        gradients = [p.grad for p in other.parameters() if p.grad is not None]
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        for gradient in gradients:
+            gradient *= min(1.0, config.gradient_clip / (float(norm) + 1e-6))
+        for group in adamw.param_groups:
+            group["lr"] = learning_rate(config, step)
+        adamw.step()
+    for a, b in zip(ours.parameters(), other.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # fused and plain kernels round differently
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 10, 1000])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_learning_rates(schedule, num_steps):
+    config = TrainingConfig(num_steps=num_steps, learning_rate=0.5, schedule=schedule, warmup=0.3)
+    rates = [learning_rate(config, s) for s in range(num_steps)]
+    assert all(0 < rate <= 0.5 for rate in rates)
+    if schedule == "constant":
+        assert set(rates) == {0.5}
+        return
+    top = rates.index(max(rates))
+    assert top == 0 if schedule == "cosine" else top <= math.ceil(0.3 * num_steps)
+    assert rates[: top + 1] == sorted(rates[: top + 1])  # up, then down
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    if num_steps == 1000:
+        assert max(rates) == pytest.approx(0.5)
+        assert rates[-1] < 1e-5 * 0.5  # the last steps settle
+        assert rates[0] == pytest.approx(0.5 if schedule == "cosine" else 0.5 * 0.04, rel=1e-3)
+
+
+def test_progress_is_told_after_every_step(tmp_path):
+    steps: list[Step] = []
+    train(tmp_path / "rpg", on_step=steps.append)
+    assert [(s.done, s.total) for s in steps] == [(i, 8) for i in range(1, 9)]
+    assert math.isfinite(float(steps[-1].facts["loss"]))
+
+
+def test_saving_and_loading_a_trainer_is_exact(tmp_path):
+    net = model()
+    trainer = Trainer(net, CONFIG)
+    for step in range(3):
+        trainer.advance(loss_of(net)(step))
+    trainer.save(tmp_path / "a.safetensors")
+    again = Trainer(model(), CONFIG)
+    again.load(tmp_path / "a.safetensors")
+    again.save(tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert same_bits(again.result.state_dict(), trainer.result.state_dict())
