@@ -101,7 +101,7 @@ class Generator:
         def noise() -> Tensor:
             return torch.randn(self.mask.shape, generator=generator).to(self.device)  # (L, D)
 
-        x_T = sampling.temperature * noise() * self.mask  # (L, D)
+        x_T = sampling.temperature * noise()  # (L, D)
         c = self.prototypes(sample.task_bits, chosen)  # (L, M)
         x_0 = self.model.sample(
             c, x_T, self.mask, sampler=sampling.sampler, num_steps=sampling.num_steps, noise=noise
@@ -146,7 +146,7 @@ class Generator:
         with torch.no_grad():
             c = self.model.prototypes(bits_tensor(task_bits).float().to(self.device), states.to(self.device))
         x_0 = self.model.sample(
-            c.flatten(0, 1), sampling.temperature * noise() * mask, mask,
+            c.flatten(0, 1), sampling.temperature * noise(), mask,
             sampler=sampling.sampler, num_steps=sampling.num_steps, noise=noise,
         )  # fmt: skip
         tokens: Tensor = x_0.float().cpu().unflatten(0, (len(task_bits), -1))

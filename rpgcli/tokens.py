@@ -102,8 +102,8 @@ def make_statistics(moments: Moments, layout: Layout, standardise: str, referenc
     sizes = [spec.numel for spec in layout.generated]
     means, scales, varies = [], [], []
     for m, v in zip(mean.split(sizes), variance.split(sizes)):
-        pooled = (v + m.square()).mean() - m.mean().square()  # Over the tensor's elements and all checkpoints.
-        deviation = pooled.clamp(min=0).sqrt()
+        off = m - m[0]  # Keeps digits, and is exactly zero where all elements are equal.
+        deviation = (v + (off - off.mean()).square()).mean().sqrt()  # Over the tensor's elements and all checkpoints.
         floor = FLOOR * deviation if deviation > 0 else torch.tensor(ABSOLUTE_FLOOR, dtype=torch.float64)
         if standardise == "layer":
             means.append(torch.where(v > 0, m.mean(), m))

@@ -62,6 +62,10 @@ def names(folder: Path) -> set[str]:
     return {entry.name for entry in folder.iterdir() if not entry.name.endswith(".lock")}
 
 
+def never(draft: Draft) -> Mapping[str, Any]:
+    raise AssertionError("it was made already")
+
+
 @pytest.mark.parametrize("replacing", [False, True], ids=["nothing there", "an older one there"])
 def test_a_crash_between_any_two_steps_leaves_the_old_or_the_new_and_resume_finishes(tmp_path, monkeypatch, replacing):
     new_id = make(tmp_path / "other", content(2.0), section={"n": 2}).id
@@ -83,6 +87,8 @@ def test_a_crash_between_any_two_steps_leaves_the_old_or_the_new_and_resume_fini
         except ArtifactError:
             assert not replacing, "what was there must never disappear"
             outcomes.append("none")
+        if outcomes[-1] == "old":  # and a stage with the old settings has nothing to do
+            assert make(target, never, section={"n": 1}).id == old_id
         finished = make(target, content(2.0), section={"n": 2}, force=replacing, resume=True)
         assert finished.id == new_id
         assert not verify(target)[1]
@@ -104,13 +110,36 @@ def test_resume_takes_a_whole_partial_folder_as_it_is(tmp_path, monkeypatch):
             make(target, content(1.0))
         if (target.with_name("zoo.partial") / MANIFEST).exists():
             break
-
-    def never(draft: Draft) -> Mapping[str, Any]:
-        raise AssertionError("it was made already")
-
     with pytest.raises(ArtifactError, match="unfinished"):
         read(target, "collect")
     assert make(target, never, resume=True).id == whole
+
+
+def test_everything_is_synced_before_it_is_relied_on(tmp_path, monkeypatch):
+    """A power cut may undo what was not synced: files before the manifest, the manifest before the folder's name."""
+    events: list[str] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def shown(path: object) -> str:
+        return Path(str(path)).name.removesuffix(".tmp")
+
+    def traced_fsync(descriptor: int) -> None:
+        events.append("sync " + shown(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    def traced_move(move: Callable[..., None], source: object, target: object) -> None:
+        events.append("move " + shown(source))
+        move(source, target)
+
+    monkeypatch.setattr(os, "fsync", traced_fsync)
+    monkeypatch.setattr(os, "rename", partial(traced_move, rename))
+    monkeypatch.setattr(os, "replace", partial(traced_move, replace))
+    make(tmp_path / "run" / "zoo", content(1.0))
+    for name in ("a.safetensors", "b.json", MANIFEST):
+        assert events.index(f"sync {name}") < events.index(f"move {name}") <= events.index(f"move {MANIFEST}")
+    assert events[events.index(f"move {MANIFEST}") :] == [
+        f"move {MANIFEST}", "sync zoo.partial", "move zoo.partial", "sync run",
+    ]  # fmt: skip
 
 
 def test_an_error_leaves_nothing_unless_there_is_progress(tmp_path):

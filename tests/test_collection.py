@@ -134,6 +134,8 @@ def test_a_network_sees_the_same_images_whatever_else_is_in_its_block():
     index = together.order(0)[:, :8]
     assert torch.equal(alone.images(index[2:], 5), together.images(index, 5)[2:])
     assert not torch.equal(alone.images(index[2:], 5), alone.images(index[2:], 6))
+    first = together.images(index[:1].expand(3, -1), 5)
+    assert not torch.equal(first[0], first[1])  # each network has its own shifts
 
 
 @pytest.mark.parametrize("block", [1, 2, 64])
@@ -266,6 +268,17 @@ def test_an_interrupted_collection_goes_on_at_the_next_block_with_the_same_bytes
         num_steps, num_left = (len([s for s in some if not s.phase]) for some in (steps, rest))
         assert num_left == num_steps * (num_blocks - finished) / num_blocks
         assert not started or not any(s.phase for s in rest)  # the shared start is not trained again
+
+
+def test_the_shared_start_is_not_trained_twice(tmp_path):
+    problem = tiny_problem(Mlp3Config(hidden=(6,)))
+    num_steps = SHORT.num_steps(60)
+    with pytest.raises(Interrupted):
+        collect_to(tmp_path / "zoo", problem, TASKS_CONFIG, on_step=stop_after(num_steps + 1))
+    assert (tmp_path / "zoo.partial" / START).exists()
+    rest: list[Step] = []
+    collect_to(tmp_path / "zoo", problem, TASKS_CONFIG, on_step=rest.append)
+    assert not any(step.phase for step in rest)
 
 
 def test_a_damaged_network_of_a_finished_block_is_trained_again(tmp_path):

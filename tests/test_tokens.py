@@ -128,7 +128,8 @@ def two_pass(store: TokenStore, states: list[State]) -> tuple[np.ndarray[Any, An
 def offset_networks(num: int) -> list[State]:
     """Values far from zero, where a one-pass variance without shift loses all digits."""
     return [
-        {"a": 1e4 + draw(4, 5, seed=i), "b": 1e-3 * draw(11, seed=i), "c": torch.full((3,), 7.0)} for i in range(num)
+        {"a": 1e4 + 0.01 * draw(4, 5, seed=i), "b": 1e-3 * draw(11, seed=i), "c": torch.full((3,), 1e4 / 3)}
+        for i in range(num)
     ]
 
 
@@ -166,12 +167,14 @@ def test_the_layer_mode_pools_over_elements_and_checkpoints(tmp_path):
     for name, values in everything.items():
         np.testing.assert_allclose(mean[name], values.mean(), rtol=1e-6)
         np.testing.assert_allclose(scale[name], values.std(), rtol=1e-6)
-    assert mean["c"].tolist() == [7.0] * 3
+    assert torch.equal(mean["c"], states[0]["c"])
 
 
 def test_a_deviation_is_at_least_a_thousandth_of_its_tensor_s(tmp_path):
     quiet = torch.tensor([1.0, 1e-9, 0.0])  # deviations: loud, quieter than the floor, never varying
-    states = [{"w": torch.tensor([5.0, 6.0, 7.0]) + quiet * sign, "still": torch.ones(3)} for sign in (-1, 1, -1, 1)]
+    states = [
+        {"w": torch.tensor([5.0, 6.0, 7.0]) + quiet * sign, "still": torch.full((3,), 0.1)} for sign in (-1, 1, -1, 1)
+    ]
     states[0]["w"][1] = 6.000001  # varies, by less than a thousandth of the pooled deviation
     store = token_store(tmp_path / "t", states, token_dim=8)
     rows = np.stack([s["w"].double().numpy() for s in states])
