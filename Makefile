@@ -11,12 +11,16 @@ RUN    ?= runs/default
 RECIPE ?=
 ARGS   ?=
 SEEDS  ?= 0 1 2
+# make cores: the width of every core, and where its runs lie.
+D_MODEL   ?= 256
+CORES_RUN ?= runs/cores
 
 RPG := $(VENV)/bin/rpg
 export OMP_WAIT_POLICY = PASSIVE
 
 STAGES := collect tokenize train-rpg generate evaluate
-.PHONY: setup demo test test-slow check format $(STAGES) digits-tasks fashion-tasks digits-resnet18
+CORES  := mamba2 lstm transformer none
+.PHONY: setup demo test test-slow check format cores $(STAGES) digits-tasks fashion-tasks digits-resnet18
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/.base
@@ -55,6 +59,26 @@ digits-tasks fashion-tasks: setup
 digits-resnet18: setup
 	@$(RPG) collect $@ --run runs/$@ --resume
 	@for stage in tokenize train-rpg generate evaluate; do $(RPG) $$stage --run runs/$@ --resume || exit $$?; done
+
+# One generator with each core on the zoo of RUN; then, for each, the mean on unseen tasks and its standard error.
+cores: collect
+	@for core in $(CORES); do \
+	  run="--run $(CORES_RUN)/$$core --resume"; zoo="--zoo $(RUN)/zoo"; \
+	  $(RPG) tokenize $(RUN)/recipe.json $$run $$zoo && \
+	  $(RPG) train-rpg $$run --set rpg.core.kind=$$core --set rpg.core.d_model=$(D_MODEL) && \
+	  $(RPG) generate $$run && \
+	  $(RPG) evaluate $$run $$zoo --set 'evaluate.mlp=[]' || exit $$?; \
+	done
+	@$(VENV)/bin/python -c "$$UNSEEN" $(CORES:%=$(CORES_RUN)/%/report/report.json)
+
+define UNSEEN
+import json, sys
+for path in sys.argv[1:]:
+    for g in json.load(open(path))["groups"]:
+        if (g["kind"], g["split"]) == ("generated", "unseen"):
+            print(f"{path.split('/')[-3]:12}", "{mean:.4f} ± {se:.4f} on unseen tasks".format(**g["accuracy"]))
+endef
+export UNSEEN
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)

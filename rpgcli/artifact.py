@@ -347,6 +347,8 @@ def draft(
     make_folder(target.parent)
     with _lock(target):
         partial, old = _partial(target), _old(target)
+        if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
+            target.rmdir()  # As good as absent: `--out "$(mktemp -d)"`.
         if target.exists():
             _check_ours(target)
             _remove(old)

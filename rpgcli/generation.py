@@ -23,6 +23,8 @@ from rpgcli.samplers import DdimConfig, SamplerConfig
 from rpgcli.tasks import bits_tensor
 from rpgcli.tokens import Statistics, detokenize
 
+UNCONDITIONAL_COUNT = 20
+"""Networks of a model without tasks, if nobody says how many: one would say nothing of its distribution."""
 KEPT_PROTOTYPES = 16
 """Conditions whose prototypes are kept: a request draws its states in any order."""
 
@@ -32,8 +34,8 @@ class GenerateConfig(Config):
 
     seed: int = 0
     """Names the noise of every sample."""
-    count: PositiveInt = 1
-    """Networks for each task."""
+    count: PositiveInt | None = None
+    """Networks for each task; left out: 1, and 20 of a model that knows no tasks."""
     sampler: SamplerConfig | None = Field(None, discriminator="kind")
     """ddim, ddpm, or dpm-solver++."""
     num_steps: PositiveInt | None = None
@@ -44,6 +46,10 @@ class GenerateConfig(Config):
     """Permutation state: `random`, `none`, or a number."""
     num_seen: PositiveInt = 102
     """Seen tasks among the networks generated when no task is asked for."""
+
+    def num_networks(self, *, conditional: bool) -> int:
+        """Networks for each task, resolved."""
+        return self.count or (1 if conditional else UNCONDITIONAL_COUNT)
 
 
 class Sampling(Config):

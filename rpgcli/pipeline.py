@@ -111,6 +111,8 @@ def run_collect(run: Run, recipe: Recipe, *, source: Path | None = None) -> Arti
     made_from = section(recipe, "seed", "dataset", "task", "target", "collect")
     if source is not None:
         made_from["from"] = digest_of(source)
+    elif recipe.collect.pretrained not in (None, "timm"):
+        made_from["collect"]["pretrained"] = hash_of(Path(str(recipe.collect.pretrained)))
     with run.draft("zoo", "collect", made_from, {}) as draft:
         if draft.finished is not None:
             run.remember(recipe, anew=run.out is None)
@@ -135,11 +137,22 @@ def run_collect(run: Run, recipe: Recipe, *, source: Path | None = None) -> Arti
 
 def digest_of(folder: Path) -> str:
     """One hash of all network files of a folder, so that a change of any is noticed."""
-    hashes = {}
-    for path in networks_in(folder):
+    return artifact.digest({path.name: hash_of(path) for path in networks_in(folder)})
+
+
+def hash_of(path: Path) -> str:
+    """sha256 of a file of weights.
+
+    Raises:
+        ArtifactError: If it cannot be read.
+    """
+    try:
         with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return artifact.digest(hashes)
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be read: {error.strerror}.", "Name a file that holds one network."
+        ) from None
 
 
 def problem_of(zoo: Zoo) -> ProblemConfig:
@@ -288,21 +301,25 @@ class Request:
     name: str
     tasks: Sequence[tuple[str, str | None]]
     """(split, task bits) of each task; the split is `all` where the zoo has no tasks."""
+    count: int
+    """Networks for each task."""
 
 
 def default_request(trained: Artifact, config: GenerateConfig) -> Request:
     """All validation and unseen tasks and a sample of the seen; one entry without tasks for an unconditional model."""
     if not trained.facts["num_bits"]:
-        return Request("all", [("all", None)])
+        return Request("all", [("all", None)], config.num_networks(conditional=False))
     tasks = trained.facts["tasks"]
     chosen = [("seen", bits) for bits in tasks["seen"][: config.num_seen]]
-    return Request("tasks", chosen + [(split, bits) for split in ("validation", "unseen") for bits in tasks[split]])
+    chosen += [(split, bits) for split in ("validation", "unseen") for bits in tasks[split]]
+    return Request("tasks", chosen, config.num_networks(conditional=True))
 
 
-def request_of(trained: Artifact, task_bits: Sequence[str], name: str) -> Request:
+def request_of(trained: Artifact, config: GenerateConfig, task_bits: Sequence[str], name: str) -> Request:
     """A request for given tasks; one that is not in the zoo is unseen."""
     sides = {bits: split for split, side in trained.facts["tasks"].items() for bits in side}
-    return Request(name, [(sides.get(bits, "unseen"), bits) for bits in task_bits])
+    tasks = [(sides.get(bits, "unseen"), bits) for bits in task_bits]
+    return Request(name, tasks, config.num_networks(conditional=True))
 
 
 def sampling_of(trained: Artifact, config: GenerateConfig) -> Sampling:
@@ -333,7 +350,7 @@ def request_folder(request: Request, config: GenerateConfig) -> str:
     """`<bits, or tasks>-s<seed>-n<count>[-<hash of the other settings that were given>]`."""
     rest = config.model_dump(mode="json", exclude={"seed", "count"}, exclude_defaults=True)
     suffix = f"-{artifact.digest(rest)[:8]}" if rest else ""
-    return f"{request.name}-s{config.seed}-n{config.count}{suffix}"
+    return f"{request.name}-s{config.seed}-n{request.count}{suffix}"
 
 
 def generated_folder(folder: Path, name: str | None, recipe: Recipe) -> Path:
@@ -349,7 +366,8 @@ def run_generate(run: Run, request: Request, config: GenerateConfig, trained: Ar
     begun = time.perf_counter()
     sampling = sampling_of(trained, config)
     made_from = {
-        "generate": config.model_dump(mode="json"), "request": request.name, "tasks": [list(t) for t in request.tasks],
+        "generate": config.model_dump(mode="json") | {"count": request.count},
+        "request": request.name, "tasks": [list(t) for t in request.tasks],
     }  # fmt: skip
     folder = "generated/" + request_folder(request, config)
     with run.draft(folder, "generate", made_from, {"rpg": trained}) as draft:
@@ -357,7 +375,7 @@ def run_generate(run: Run, request: Request, config: GenerateConfig, trained: Ar
             return draft.finished
         generator = read_generator(run, trained)
         check = strict_check(trained)
-        samples = list(expand(request.tasks, config.count))
+        samples = list(expand(request.tasks, request.count))
         networks, seconds = [], []
         for i, sample in enumerate(samples):
             started = time.perf_counter()

@@ -235,11 +235,13 @@ def plan_evaluate(recipe: Recipe, shapes: Shapes, device: torch.device) -> dict[
     zoo, config, images = recipe.collect, recipe.generate, {"test images": shapes.num_test}
     if zoo.kind != "tasks":
         seen = num_checkpoints(recipe)
-        return {"trained, seen": seen, "generated, all": config.count, "average": 1, **images}
+        count = config.num_networks(conditional=False)
+        return {"trained, seen": seen, "generated, all": count, "average": 1, **images}
+    count = config.num_networks(conditional=True)
     generated = {"seen": min(config.num_seen, zoo.num_seen), "validation": zoo.num_validation, "unseen": zoo.num_unseen}
     return {
         "trained, seen": zoo.runs * zoo.num_seen, "trained, unseen": zoo.num_unseen,
-        **{f"generated, {split}": config.count * num for split, num in generated.items()},
+        **{f"generated, {split}": count * num for split, num in generated.items()},
         **dict.fromkeys(BASELINES, zoo.num_unseen), "settings of the MLP": len(recipe.evaluate.mlp), **images,
     }  # fmt: skip
 

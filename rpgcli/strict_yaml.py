@@ -143,13 +143,17 @@ def parse(text: str | bytes, source: str) -> Document:
 
 
 def override(document: Document, assignments: Sequence[str]) -> Document:
-    """Apply `key.key=value` in order. Missing mappings are made; a mapping or list given as value replaces the old one.
+    """Apply `key.key=value` in order; a mapping or list given as value replaces the old one.
+
+    Mappings that are missing or null are made. Another `kind` drops what stands beside it, which belongs to the old
+    kind, except for what an assignment before it set.
 
     Raises:
         UsageError: If an assignment is not `key.key=value`, its value is no YAML scalar or flow collection, or its key
             lies below something that is not a mapping.
     """
     value, marks = copy.deepcopy(document.value), dict(document.marks)
+    assigned: list[Keys] = []
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name) or name.count(".") >= MAX_DEPTH:
@@ -160,14 +164,22 @@ def override(document: Document, assignments: Sequence[str]) -> Document:
 
         holder = value
         for depth, key in enumerate(keys[:-1], start=1):
-            holder = holder.setdefault(key, {})
+            if holder.get(key) is None:
+                holder[key] = {}
+            holder = holder[key]
             marks.setdefault(keys[:depth], mark)
             if not isinstance(holder, dict):
                 raise UsageError(
                     f"{mark}: {dotted(keys[:depth])} is {shown(holder)}, not a mapping.",
                     f"Set it as a whole: `--set {dotted(keys[:depth])}=...`.",
                 )
-        holder[keys[-1]] = _parse_value(text, mark)
+        given, around = _parse_value(text, mark), keys[:-1]
+        if keys[-1] == "kind" and holder.get("kind") not in (None, given):
+            set_before = {path[len(around)] for path in assigned if path[: len(around)] == around != path}
+            for key in holder.keys() - set_before:
+                del holder[key]
+        holder[keys[-1]] = given
+        assigned.append(keys)
         marks = {path: old for path, old in marks.items() if path[: len(keys)] != keys} | {keys: mark}
     return replace(document, value=value, marks=marks)
 

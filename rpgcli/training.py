@@ -31,11 +31,11 @@ METRICS = "metrics.jsonl"
 class TrainingConfig(Config):
     """How a part is trained."""
 
-    num_steps: PositiveInt = 1600
+    num_steps: PositiveInt = 2000
     """Optimizer steps."""
-    batch_size: PositiveInt = 32
+    batch_size: PositiveInt = 16
     """Checkpoints a step."""
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: PositiveFloat = 2e-3
     """Highest learning rate of AdamW."""
     schedule: Literal["one-cycle", "cosine", "constant"] = "one-cycle"
     """`one-cycle` warms up and then follows a cosine to 0; `cosine` starts at the top."""
@@ -45,7 +45,7 @@ class TrainingConfig(Config):
     """AdamW's; never applied to the scan's own parameters (dt_bias, A_log, D)."""
     gradient_clip: NonNegativeFloat = 1.0
     """Largest gradient norm; 0 = no clipping."""
-    ema_decay: float = Field(0.995, ge=0, lt=1)
+    ema_decay: float = Field(0.99, ge=0, lt=1)
     """Decay of the averaged weights that are kept; 0 = keep the last weights."""
     checkpoint_every: PositiveInt = 200
     """Steps between two checkpoints; the result does not depend on it."""
@@ -193,7 +193,7 @@ def fit(
         draft.resumable = True
 
     model.train()
-    shown = float("nan")
+    facts: dict[str, float] = {}
     try:
         while trainer.step < config.num_steps:
             with autocast:
@@ -201,13 +201,13 @@ def fit(
             trainer.advance(value)
             if trainer.step % config.log_every == 0 or trainer.step == config.num_steps:
                 trainer.check_finite()
-                shown = float(trainer.window) / ((trainer.step - 1) % config.log_every + 1)
+                facts = {"loss": float(trainer.window) / ((trainer.step - 1) % config.log_every + 1)}
                 rate = learning_rate(config, trainer.step - 1)
-                lines.append(json.dumps({"step": trainer.step, "loss": shown, "learning_rate": rate}))
+                lines.append(json.dumps({"step": trainer.step, **facts, "learning_rate": rate}))
                 trainer.window.zero_()
             if trainer.step % config.checkpoint_every == 0 or trainer.step == config.num_steps:
                 save()
-            on_step(Step(trainer.step, config.num_steps, {"loss": shown}))
+            on_step(Step(trainer.step, config.num_steps, facts))
     except Interrupted:
         save()
         raise

@@ -556,6 +556,15 @@ def test_a_folder_of_the_user_is_never_replaced_or_deleted(tmp_path):
             make(target, content(1.0), force=True)
 
 
+def test_an_empty_folder_is_as_good_as_none(tmp_path):
+    (tmp_path / "zoo").mkdir()
+    assert make(tmp_path / "zoo", content(1.0)).made_now
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(ArtifactError, match="not an artifact of rpg"):  # a link of the user stays
+        make(tmp_path / "link", content(1.0))
+
+
 def test_an_unwritable_place_is_a_usage_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *args: False)  # root may write anywhere
     with pytest.raises(UsageError, match="cannot be written"):

@@ -20,7 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rpgcli import __version__, artifact, cli, pipeline, rng
+from rpgcli import __version__, artifact, pipeline, rng
+from rpgcli.command import running
 from rpgcli.targets import CnnConfig
 from rpgcli.zoo import Zoo
 
@@ -57,7 +58,7 @@ def identity(folder: Path) -> str:
 
 def own(tiny, stage: str) -> list[str]:
     """The options that make a stage of the tiny run what it is."""
-    return tiny.collect if stage == "collect" else []
+    return [*tiny.collect] if stage == "collect" else []
 
 
 def refused(outcome, code: int, *words: str) -> None:
@@ -72,7 +73,7 @@ def refused(outcome, code: int, *words: str) -> None:
 
 def signal_at(monkeypatch, step: int, number: signal.Signals = signal.SIGINT) -> None:
     """Send this process a signal just before the progress of its `step`-th step is shown."""
-    shown, count = cli.running.on_step, 0
+    shown, count = running.on_step, 0
 
     def on_step(self, progress):
         nonlocal count
@@ -81,7 +82,7 @@ def signal_at(monkeypatch, step: int, number: signal.Signals = signal.SIGINT) ->
             os.kill(os.getpid(), number)
         shown(self, progress)
 
-    monkeypatch.setattr(cli.running, "on_step", on_step)
+    monkeypatch.setattr(running, "on_step", on_step)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -276,9 +277,22 @@ def test_pipeline_runs_without_tasks_too(tmp_path, rpg, tiny):
     assert artifact.read(run / "rpg", "train-rpg").facts["num_states"] == 4
     assert rpg("generate", "--run", run, "--state", "3", "--json").json["facts"]["networks"][0]["run"] == 3
     refused(rpg("generate", "--run", run, "--task-bits", "0010100000"), 2, "unconditional")
+    assert rpg("generate", "--run", run, "--dry-run", "--json").json["networks"] == 20
+    assert artifact.read(run / "generated/all-s0-n20", "generate").section["generate"]["count"] == 20
     report = rpg("evaluate", "--run", run, "--json").json
-    rows = {(g["name"], g["split"]) for g in report["groups"]}
-    assert rows == {("trained", "seen"), ("rpg", "seen"), ("rpg", "all"), ("average", "all")}
+    rows = {(g["name"], g["split"]): g["count"] for g in report["groups"]}
+    assert rows == {("trained", "seen"): 4, ("rpg", "seen"): 0, ("rpg", "all"): 20, ("average", "all"): 1}
+    assert rpg("evaluate", "--run", run, "--dry-run", "--json").json["plans"][0]["generated, all"] == 20
+
+
+def test_default_recipe_takes_another_kind_of_zoo(rpg, tmp_path):
+    options = ["--set", "collect.kind=seeds", "--set", "task.kind=multi-class", "--run", tmp_path / "run"]
+    assert rpg("collect", *options, "--dry-run", "--json").json["plans"][0]["networks"] == 100
+
+
+def test_mlp_can_be_left_out_of_the_baselines(run, rpg):
+    report = rpg("evaluate", "--run", run, "--set", "evaluate.mlp=[]", "--force", "--json").json
+    assert {g["name"] for g in report["groups"]} >= {"ridge-pairs"} and "mlp" not in report["baseline_settings"]
 
 
 def test_networks_made_without_a_task_cannot_be_judged_on_tasks(run, rpg):
@@ -754,6 +768,26 @@ def test_networks_of_a_folder_are_taken_and_noticed_when_they_change(tmp_path, r
     assert tree(run) == before
 
 
+def test_weights_to_start_from_are_known_by_their_content(tiny, tmp_path, rpg):
+    weights, run = tmp_path / "start.safetensors", tmp_path / "run"
+
+    def collect(path: Path, *more: str):
+        return rpg("collect", *tiny.collect, "--set", f"collect.pretrained={path}", "--run", run, *more)
+
+    def write(seed: int) -> None:
+        with rng.initialising(seed):
+            artifact.write_tensors(weights, CnnConfig().build(1, (8, 8), 2).state_dict())
+
+    write(0)
+    assert collect(weights).code == 0
+    elsewhere = shutil.copy(weights, tmp_path / "copy.safetensors")
+    assert "up to date" in collect(elsewhere).err
+    write(1)
+    refused(collect(weights), 4, "collect.pretrained: ", "--force")
+    refused(collect(tmp_path / "nowhere.pth"), 3, "nowhere.pth cannot be read")
+    assert collect(weights, "--force").code == 0
+
+
 # --- bad places -------------------------------------------------------------------------------------------------------
 
 
@@ -783,6 +817,9 @@ def test_out_that_no_stage_wrote_is_never_replaced(run, rpg, tmp_path):
     assert tree(mine).keys() == {"thesis.txt"}
     refused(rpg("tokenize", "--run", run, "--out", mine / "thesis.txt", "--force"), 2, "is not a folder")
     assert (mine / "thesis.txt").read_text() == "years"
+    (tmp_path / "empty").mkdir()
+    assert rpg("tokenize", "--run", run, "--out", tmp_path / "empty").code == 0
+    assert identity(tmp_path / "empty") == identity(run / "tokens")
 
 
 def test_hostile_names_cannot_write_to_the_terminal(rpg, tmp_path):

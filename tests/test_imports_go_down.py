@@ -12,6 +12,7 @@ ROOT = Path(rpgcli.__file__).parent
 LAYERS = [
     {"__main__"},
     {"cli"},
+    {"command"},
     {"console"},
     {"pipeline", "planning", "diagnosis"},
     {"recipe"},
@@ -22,7 +23,7 @@ LAYERS = [
 ]
 """From the top down; the parts of a folder count as one."""
 ONLY: dict[str, set[str]] = {
-    "rich": {"console"}, "typer": {"cli"}, "mamba_ssm": {"kernels"}, "causal_conv1d": {"kernels"},
+    "rich": {"console"}, "typer": {"cli", "command"}, "mamba_ssm": {"kernels"}, "causal_conv1d": {"kernels"},
     "pickle": {"imports"},  # for the name of the error that `torch.load(weights_only=True)` raises
     "dill": set(), "marshal": set(), "shelve": set(), "joblib": set(),
 }  # fmt: skip

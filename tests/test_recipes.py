@@ -8,10 +8,13 @@ import torch
 
 from rpgcli import recipe
 from rpgcli.artifact import canonical, write_bytes
+from rpgcli.collection import SeedsConfig
+from rpgcli.cores.none import NoCoreConfig
 from rpgcli.errors import UsageError
 from rpgcli.layout import make_layout
 from rpgcli.methods.rpg import RPG
 from rpgcli.recipe import Recipe, embedded, load, read_stored, section
+from rpgcli.samplers import DdpmConfig
 from rpgcli.targets import TimmConfig
 from rpgcli.tasks import FashionMnistConfig
 
@@ -73,6 +76,19 @@ def test_overrides_and_unknown_names():
     assert load(None, ["collect.num_seen=8", "rpg.training.num_steps=3"]).rpg.training.num_steps == 3
     with pytest.raises(UsageError, match="did you mean 'digits-demo'"):
         load("digit-demo")
+
+
+def test_another_kind_can_be_set_on_any_recipe():
+    for name in (*embedded(), None):
+        found = load(name, ["collect.kind=seeds", "task.kind=multi-class", "rpg.core.kind=lstm"])
+        assert found.collect == SeedsConfig() and found.task.kind == "multi-class"
+        assert found.rpg.core.kind == "lstm"
+
+
+def test_a_stored_recipe_takes_other_kinds_and_keys_below_null(tmp_path):
+    write_bytes(tmp_path / "recipe.json", canonical(Recipe().to_json()))
+    found = read_stored(tmp_path / "recipe.json", ["generate.sampler.kind=ddpm", "rpg.core.kind=none"])
+    assert found.generate.sampler == DdpmConfig() and found.rpg.core == NoCoreConfig()
 
 
 def test_a_section_holds_only_its_stages_settings():

@@ -261,6 +261,30 @@ def test_later_assignments_win() -> None:
     assert override(Document({}, "defaults", {}), ["a.b=1", "a.b=2"]).value == {"a": {"b": 2}}
 
 
+def test_a_key_below_null_makes_the_mapping() -> None:
+    assert override(parse("a: ~\nb: {c: null}", "x.yaml"), ["a.kind=x", "b.c.d=1"]).value == {
+        "a": {"kind": "x"},
+        "b": {"c": {"d": 1}},
+    }
+
+
+@pytest.mark.parametrize(
+    "text, assignments, value",
+    [
+        ("{kind: old, n: 1, m: {k: 2}}", ["a.kind=new"], {"kind": "new"}),
+        ("{kind: old, n: 1}", ["a.kind=old"], {"kind": "old", "n": 1}),
+        ("{n: 1}", ["a.kind=new"], {"kind": "new", "n": 1}),
+        ("{kind: ~, n: 1}", ["a.kind=new"], {"kind": "new", "n": 1}),
+        ("{kind: old, n: 1}", ["a.kind=new", "a.n=2"], {"kind": "new", "n": 2}),
+        ("{kind: old, n: 1, m: 3}", ["a.n=2", "a.kind=new"], {"kind": "new", "n": 2}),  # never lost in silence
+        ("{kind: old, n: 1}", ["a={kind: older, n: 2}", "a.kind=new"], {"kind": "new"}),
+        ("{kind: old, b: {kind: old, n: 1}}", ["a.b.kind=new"], {"kind": "old", "b": {"kind": "new"}}),
+    ],
+)
+def test_another_kind_drops_the_keys_of_the_old_one(text: str, assignments: list[str], value: Any) -> None:
+    assert override(parse(f"a: {text}\nl: 1", "x.yaml"), assignments).value == {"a": value, "l": 1}
+
+
 @pytest.mark.parametrize(
     "assignment, words",
     [

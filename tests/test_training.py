@@ -297,7 +297,9 @@ def test_progress_is_told_after_every_step(tmp_path):
     steps: list[Step] = []
     train(tmp_path / "rpg", on_step=steps.append)
     assert [(s.done, s.total) for s in steps] == [(i, 8) for i in range(1, 9)]
-    assert math.isfinite(float(steps[-1].facts["loss"]))
+    shown = [s.facts for s in steps]
+    assert all(math.isfinite(float(facts["loss"])) for facts in shown if facts)
+    assert [bool(facts) for facts in shown] == [s.done >= CONFIG.log_every for s in steps]  # the mean since the last
 
 
 def test_saving_and_loading_a_trainer_is_exact(tmp_path):

