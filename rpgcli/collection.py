@@ -53,6 +53,8 @@ class OptimiserConfig(Config):
     """What is left of the learning rate at the end of `cosine`, so that the last snapshots differ."""
     weight_decay: NonNegativeFloat = 0.0
     """The optimiser's."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Of the cross entropy. It bounds the logits, so that the parameters are a smoother function of the task."""
 
     def make(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """The optimiser; stacked parameters are trained as if each network had its own."""
@@ -251,7 +253,10 @@ def train(
             x = feed.images(index, done)  # (G, B, C, H, W)
             y = labels.gather(1, index.to(labels.device).expand(len(labels), -1))  # (N, B)
             if index.shape[1] > 1 or isinstance(networks, Stacked):  # Batch norm cannot train on a single last image.
-                loss = F.cross_entropy(networks.outputs(x).flatten(0, 1), y.flatten(), reduction="none")  # (N * B,)
+                logits = networks.outputs(x).flatten(0, 1)  # (N * B, O)
+                loss = F.cross_entropy(
+                    logits, y.flatten(), reduction="none", label_smoothing=config.label_smoothing
+                )  # (N * B,)
                 for group in optimiser.param_groups:
                     group["lr"] = config.rate(done, total)
                 optimiser.zero_grad(set_to_none=True)
