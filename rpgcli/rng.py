@@ -16,7 +16,7 @@ Name = str | int
 def derive(seed: int, *names: Name) -> int:
     """A 63-bit seed for the stream called `names` under `seed`; equal on every machine."""
     text = "\x1f".join([str(seed), *(f"{type(name).__name__}:{name}" for name in names)])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
 def stream(seed: int, *names: Name) -> torch.Generator:
