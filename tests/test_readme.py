@@ -19,15 +19,16 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
 def typed(text: str) -> list[list[str]]:
-    """The commands of a few lines, after a prompt or not: words of each, without comments."""
-    lines = re.findall(r"^(?:\$ |next: )?((?:rpg|make)(?: .*)?)$", text, re.MULTILINE)
+    """The commands of a few lines: words of each, without comments. Among output, only lines after a prompt count."""
+    prompt = r"(?:\$ |next: )" + ("" if re.search(r"^\$ ", text, re.MULTILINE) else "?")
+    lines = re.findall(rf"^{prompt}((?:rpg|make)(?: .*)?)$", text, re.MULTILINE)
     parts = [part for line in lines for part in line.split("&&")]
     return [shlex.split(part, comments=True) for part in parts]
 
 
 HEADS = [text.splitlines()[0].removeprefix("# ") for text in RECIPES.values()]
 SPANS = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL))
-COMMANDS = typed("\n".join([*(text for _, text in BLOCKS), *SPANS, *HEADS]))
+COMMANDS = [words for text in (*(text for _, text in BLOCKS), *SPANS, *HEADS) for words in typed(text)]
 
 
 def ids(words: list[str]) -> str:
@@ -52,9 +53,10 @@ def test_rpg_command_parses(words):
 
 def test_commands_are_found_and_a_wrong_one_would_be_noticed():
     assert {c[0] for c in COMMANDS} == {"make", "rpg"} and len(COMMANDS) > 10
-    assert typed("x rpg a\n$ rpg b --c 'd e'  # f\nmake g && rpg h\n") == [
+    assert typed("x rpg a\nrpg b --c 'd e'  # f\nmake g && rpg h\n") == [
         ["rpg", "b", "--c", "d e"], ["make", "g"], ["rpg", "h"],
     ]  # fmt: skip
+    assert typed("$ rpg a\nrpg is output\nnext: rpg b") == [["rpg", "a"], ["rpg", "b"]]
     for wrong in (["rpg", "collect", "--resum"], ["rpg", "generate", "--count", "none"]):
         with pytest.raises(typer.BadParameter.__base__):  # type: ignore[arg-type]
             test_rpg_command_parses(wrong)
