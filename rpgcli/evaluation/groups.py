@@ -105,8 +105,8 @@ def verdict(generated: Group, trained: Group | None, baselines: Sequence[Group])
     if not generated.accuracies:
         return f"{generated.name} generated no network to be judged ({generated.split}).", False, []
     baselines = [b for b in baselines if b.accuracies]
-    what = f"{len(generated.by_task()) or len(generated.accuracies)} {generated.split} "
-    what += "tasks" if generated.by_task() else "networks"
+    tasks = generated.by_task()
+    what = f"{len(tasks)} {generated.split} tasks" if tasks else f"{len(generated.accuracies)} networks"
     sentence = f"{generated.name} reaches {generated.mean:.4f} on {what}"
     if trained is not None and trained.accuracies:
         gap = 100 * (generated.mean - trained.mean)
@@ -119,9 +119,10 @@ def verdict(generated: Group, trained: Group | None, baselines: Sequence[Group])
     beats = not unbeaten
     strongest = max(unbeaten or baselines, key=lambda b: b.mean)
     against = next(c for c in comparisons if c.against == strongest.name)
-    amount = f"{100 * against.difference:+.2f} ± {100 * against.se:.2f} points"
+    paired = " (paired)" if tasks else ""
+    amount = f"{100 * against.difference:+.2f} ± {100 * against.se:.2f} points{paired}"
     rank = "the strongest" if strongest.mean == max(b.mean for b in baselines) else "a"
     named = f"{rank} trivial generator ({strongest.name}, {strongest.mean:.4f})"
     if beats:
-        return f"{sentence}, and beats {named} by {amount} (paired).", True, comparisons
-    return f"{sentence}: no better than {named}, {amount} (paired).", False, comparisons
+        return f"{sentence}, and beats {named} by {amount}.", True, comparisons
+    return f"{sentence}: no better than {named}, {amount}.", False, comparisons
