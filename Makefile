@@ -19,8 +19,15 @@ RPG := $(VENV)/bin/rpg
 export OMP_WAIT_POLICY = PASSIVE
 
 STAGES := collect tokenize train-rpg generate evaluate
+PDIFF_STAGES := train-ae train-diffusion generate evaluate
+PDIFF  := pdiff-fashion-resnet18 pdiff-digits-convnet3 pdiff-digits-mlp3 pdiff-digits-accuracy \
+          pdiff-digits-vit-tiny pdiff-digits-convnext-atto
+# The same on the zoo of another recipe: zoo/recipe.
+PDIFF_SHARED := pdiff-fashion-resnet18-paper cond-pdiff-digits-tasks
 CORES  := mamba2 lstm transformer none
-.PHONY: setup demo test test-slow check format cores $(STAGES) digits-tasks fashion-tasks digits-resnet18
+.PHONY: setup demo test test-slow check format cores $(STAGES) train-ae train-diffusion
+.PHONY: digits-tasks fashion-tasks digits-resnet18 $(PDIFF) $(PDIFF_SHARED)
+.PHONY: ablations
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/.base
@@ -42,7 +49,7 @@ demo: setup
 collect: setup
 	@$(RPG) collect $(RECIPE) --run $(RUN) --resume $(ARGS)
 
-tokenize train-rpg generate evaluate: setup
+tokenize train-rpg train-ae train-diffusion generate evaluate: setup
 	@$(RPG) $@ --run $(RUN) --resume $(ARGS)
 
 # One zoo, one generator for each of SEEDS; figures of the README.
@@ -60,6 +67,21 @@ digits-resnet18: setup
 	@$(RPG) collect $@ --run runs/$@ --resume
 	@for stage in tokenize train-rpg generate evaluate; do $(RPG) $$stage --run runs/$@ --resume || exit $$?; done
 
+# p-diff, all stages.
+$(PDIFF): setup
+	@$(RPG) collect $@ --run runs/$@ --resume
+	@for stage in tokenize $(PDIFF_STAGES); do $(RPG) $$stage --run runs/$@ --resume || exit $$?; done
+
+pdiff-fashion-resnet18-paper: ZOO := pdiff-fashion-resnet18
+cond-pdiff-digits-tasks: ZOO := digits-tasks
+$(PDIFF_SHARED): setup
+	@$(RPG) collect $(ZOO) --run runs/$(ZOO) --resume
+	@$(RPG) tokenize $@ --run runs/$@ --zoo runs/$(ZOO)/zoo --resume
+	@for stage in $(PDIFF_STAGES); do \
+	  case $$stage in evaluate) zoo="--zoo runs/$(ZOO)/zoo";; *) zoo="";; esac; \
+	  $(RPG) $$stage --run runs/$@ $$zoo --resume || exit $$?; \
+	done
+
 # One generator with each core on the zoo of RUN; then, for each, the mean on unseen tasks and its standard error.
 cores: collect
 	@for core in $(CORES); do \
@@ -70,6 +92,10 @@ cores: collect
 	  $(RPG) evaluate $$run $$zoo --set 'evaluate.mlp=[]' || exit $$?; \
 	done
 	@$(VENV)/bin/python -c "$$UNSEEN" $(CORES:%=$(CORES_RUN)/%/report/report.json)
+
+# p-diff's ablations on Fashion-MNIST, 2 repeats side by side; FULL=1: the paper's composition, 3 repeats.
+ablations: setup
+	@$(VENV)/bin/python -m tests.bench.ablations --out runs/ablations$(if $(FULL),-full --full)
 
 define UNSEEN
 import json, sys

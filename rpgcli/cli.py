@@ -15,6 +15,7 @@ import typer
 from rpgcli.command import (
     DataRootOption,
     DownloadOption,
+    MethodOption,
     Options,
     RecipeArgument,
     RecipesArgument,
@@ -35,8 +36,7 @@ from rpgcli.errors import ArtifactError, RpgError, UsageError, nearest
 
 if TYPE_CHECKING:
     from rpgcli.artifact import Artifact
-    from rpgcli.generation import GenerateConfig
-    from rpgcli.pipeline import Request
+    from rpgcli.generation import GenerateConfig, MethodName, Request
     from rpgcli.recipe import Recipe
 
 __all__ = ["app", "main"]
@@ -101,7 +101,7 @@ def tokenize(console: Console, options: StageOptions, recipe: RecipeArgument = N
 
     resolved = stored_recipe(options, recipe, options.assignments({}), "tokens")
     if options.dry_run:
-        show_plan(console, options, "tokenize", [resolved], None)
+        show_plan(console, options, "tokenize", [resolved], None, zoo=zoo)
         return
     with running(console, options, "tokenize", zoo=zoo) as run:
         found = pipeline.run_tokenize(run, resolved)
@@ -110,7 +110,7 @@ def tokenize(console: Console, options: StageOptions, recipe: RecipeArgument = N
         f"{facts['num_checkpoints']} checkpoints · {facts['num_tokens']} tokens · {facts['token_dim']} wide · "
         f"{human_count(facts['num_parameters'])} parameters, {human_count(facts['num_fixed'])} of them never vary"
     )
-    finish(console, options, found, facts, "train-rpg")
+    finish(console, options, found, facts, "train-ae" if resolved.generate.method == "pdiff" else "train-rpg")
 
 
 @command("train-rpg")
@@ -125,27 +125,77 @@ def train_rpg(
     """Train the recurrent diffusion model (RPG) on the tokens into RUN/rpg."""
     from rpgcli import pipeline
 
-    assignments = options.assignments({"rpg.seed": seed})
+    resolved, *others = training_recipes(options, recipe, options.assignments({"rpg.seed": seed}), "rpg")
     if options.dry_run:
-        names: list[str | None] = [*recipe] if recipe else [None]
-        plans = [stored_recipe(options, name, assignments, "rpg", fresh=bool(recipe)) for name in names]
-        show_plan(console, options, "train-rpg", plans, data_root)
+        show_plan(console, options, "train-rpg", [resolved, *others], data_root, named=bool(recipe))
         return
-    if recipe and len(recipe) > 1:
-        raise UsageError("several recipes were given.", "One at a time; several only with --dry-run.")
-    resolved = stored_recipe(options, recipe[0] if recipe else None, assignments, "rpg")
     with running(console, options, "train-rpg", data_root=data_root, download=download) as run:
         found = pipeline.run_train_rpg(run, resolved)
-    selection = found.facts["selection"]
-    rows = []
-    for entry in (selection or {"tried": []})["tried"]:
-        s, chosen = entry["sampling"], "chosen" if entry == selection["chosen"] else ""
-        rows.append([s["sampler"]["kind"], s["num_steps"], f"{s['temperature']:g}", f"{entry['accuracy']:.4f}", chosen])
-    if rows:
-        columns = ["sampler", "steps", "temperature", "accuracy", ""]
-        console.table("sampling, on validation tasks and images", columns, rows, numeric=columns[1:4])
+    show_selection(console, found.facts["selection"])
     facts = {k: found.facts[k] for k in ("num_weights", "num_tokens", "num_states", "selection")}
-    finish(console, options, found, facts, "generate")
+    finish(console, options, found, facts, with_method("generate", options, "rpg"))
+
+
+@command("train-ae")
+def train_ae(
+    console: Console,
+    options: StageOptions,
+    recipe: RecipesArgument = None,
+    seed: SeedOption = None,
+    data_root: DataRootOption = None,
+    download: DownloadOption = False,
+) -> None:
+    """Train the parameter autoencoder (p-diff) on the tokens into RUN/autoencoder."""
+    from rpgcli import pipeline
+
+    assignments = options.assignments({"autoencoder.seed": seed})
+    resolved, *others = training_recipes(options, recipe, assignments, "autoencoder")
+    if options.dry_run:
+        show_plan(console, options, "train-ae", [resolved, *others], data_root, named=bool(recipe))
+        return
+    with running(console, options, "train-ae", data_root=data_root, download=download) as run:
+        found = pipeline.run_train_ae(run, resolved)
+    rows = []
+    for name, r in found.facts["reconstruction"].items():
+        figures = [r["mean_squared_error"], r["explained_variance"], r["accuracy"], r["original"]]
+        rows.append([name.replace("_", " "), r["count"], *(f"{x:.4f}" for x in figures)])
+    columns = ["checkpoints", "count", "squared error", "explained variance", "accuracy", "originals"]
+    console.table("reconstruction; accuracy on validation images", columns, rows, numeric=columns[1:])
+    finish(console, options, found, dict(found.facts), "train-diffusion")
+
+
+@command("train-diffusion")
+def train_diffusion(
+    console: Console,
+    options: StageOptions,
+    recipe: RecipesArgument = None,
+    allow_bad: Annotated[
+        bool, typer.Option("--allow-bad", help="Keep a diffusion whose samples are not like the training latents.")
+    ] = False,
+    seed: SeedOption = None,
+    data_root: DataRootOption = None,
+    download: DownloadOption = False,
+) -> None:
+    """Train the latent diffusion (p-diff) on the autoencoder's latents into RUN/diffusion."""
+    from rpgcli import pipeline
+
+    assignments = options.assignments({"diffusion.seed": seed})
+    resolved, *others = training_recipes(options, recipe, assignments, "diffusion")
+    if options.dry_run:
+        show_plan(console, options, "train-diffusion", [resolved, *others], data_root, named=bool(recipe))
+        return
+    with running(console, options, "train-diffusion", data_root=data_root, download=download) as run:
+        found = pipeline.run_train_diffusion(run, resolved, allow_bad=allow_bad)
+    show_selection(console, found.facts["selection"])
+    latents = found.facts["latents"]
+    console.note(
+        f"{latents['num_samples']} sampled latents deviate {latents['deviation_ratio']:.2f} times as much as training "
+        f"latents and lie {latents['nearest_distance']:.2f} times as far from them as those from each other"
+    )
+    if not latents["learned"]:
+        console.warn("this diffusion has not learned; it is kept because of --allow-bad")
+    facts = {k: found.facts[k] for k in ("num_weights", "latents", "selection")}
+    finish(console, options, found, facts, with_method("generate", options, "pdiff"))
 
 
 @command("generate")
@@ -156,6 +206,11 @@ def generate(
     task_bits: Annotated[str | None, typer.Option(metavar="BITS", help="The task: one bit for each class.")] = None,
     classes: Annotated[str | None, typer.Option(metavar="LIST", help="The task as classes: 2,4.")] = None,
     tasks: Annotated[str | None, typer.Option(metavar="FILE|-", help="Many tasks: one bit string a line.")] = None,
+    label: Annotated[str | None, typer.Option(help="The label of a model that learned labels.")] = None,
+    accuracy: Annotated[
+        float | None, typer.Option(min=0, max=1, help="The accuracy, of a model that learned accuracies.")
+    ] = None,
+    method: MethodOption = None,
     count: Annotated[
         int | None, typer.Option(min=1, help="Networks for each task; default: 1, without tasks 20.")
     ] = None,
@@ -166,10 +221,11 @@ def generate(
     seed: SeedOption = None,
 ) -> None:
     """Write new networks for a task, or for all validation and unseen tasks and some seen ones."""
-    from rpgcli import artifact, pipeline
+    from rpgcli import models, pipeline
 
-    if sum(x is not None for x in (task_bits, classes, tasks)) > 1:
-        raise UsageError("several of --task-bits, --classes and --tasks were given.", "Give one of them.")
+    if sum(x is not None for x in (task_bits, classes, tasks, label, accuracy)) > 1:
+        several = "several of --task-bits, --classes, --tasks, --label and --accuracy were given."
+        raise UsageError(several, "Give one of them.")
     assignments = options.assignments({
         "generate.count": count, "generate.num_steps": steps, "generate.temperature": temperature,
         "generate.seed": seed,
@@ -177,22 +233,22 @@ def generate(
         "generate.state": None if state is None else f'"{state}"',
     })  # fmt: skip
     config = stored_recipe(options, recipe, assignments, "generate").generate
-    trained = artifact.read(options.run / "rpg", "train-rpg")
-    request = make_request(trained, config, task_bits, classes, tasks)
+    chosen, trained = models.trained_model(options.run, pick_method(method) or config.method)
+    request = make_request(trained, config, task_bits, classes, tasks, label, accuracy)
     if options.dry_run:
-        total = request.count * len(request.tasks)
+        total = request.count * len(request.asked)
         size = total * 4 * trained.facts["num_parameters"]
         console.note(f"{total} networks · {human_bytes(size)} · request {request.name}")
         console.result({"networks": total, "bytes": size, "request": request.name})
         return
     with running(console, options, "generate") as run:
-        found = pipeline.run_generate(run, request, config, trained)
+        found = pipeline.run_generate(run, request, config, chosen, trained)
     seconds = found.manifest.volatile.get("seconds_per_network", [])
     networks = [
         {**n, "path": str(found.path / n["file"]), "seconds": s} for n, s in zip(found.facts["networks"], seconds)
     ]
     rows = [
-        [n["file"], n["split"], in_words(n["task_bits"], found.facts["classes"]), n["run"], f"{n['seconds']:.3f}"]
+        [n["file"], n["split"], in_words(n, found.facts["classes"]), n["run"], f"{n['seconds']:.3f}"]
         for n in networks[:20]
     ]
     console.table(
@@ -203,7 +259,9 @@ def generate(
     )
     if len(networks) > len(rows):
         console.note(f"and {len(networks) - len(rows)} more")
-    following = "evaluate" if request.name in {"tasks", "all"} else f"inspect {shlex.quote(str(found.path))}"
+    following = f"inspect {shlex.quote(str(found.path))}"
+    if all(x is None for x in (task_bits, classes, tasks, label, accuracy)):
+        following = evaluation_of(found.path, options, chosen)
     finish(console, options, found, {"networks": networks, "sampling": found.facts["sampling"]}, following)
 
 
@@ -221,6 +279,7 @@ def evaluate(
     min_accuracy: Annotated[
         float | None, typer.Option(min=0, max=1, help="Exit 5 if generated networks stay below.")
     ] = None,
+    method: MethodOption = None,
     zoo: ZooOption = None,
     seed: SeedOption = None,
     data_root: DataRootOption = None,
@@ -228,26 +287,21 @@ def evaluate(
 ) -> None:
     """Compare generated networks with trained ones and with trivial generators, on test images."""
     from rpgcli import pipeline
+    from rpgcli.evaluation.report import check_gate
 
     resolved = stored_recipe(options, recipe, options.assignments({"evaluate.seed": seed}), "evaluate")
     if options.dry_run:
-        show_plan(console, options, "evaluate", [resolved], data_root)
+        show_plan(console, options, "evaluate", [resolved], data_root, zoo=zoo)
         return
-    at = pipeline.generated_folder(options.run, request, resolved)
+    at = pipeline.generated_folder(options.run, request, resolved, pick_method(method))
     with running(console, options, "evaluate", zoo=zoo, data_root=data_root, download=download) as run:
         found = pipeline.run_evaluate(run, resolved, at)
     report = found.json("report.json")
-    rows = []
-    for g in report["groups"]:
-        a, s = g["accuracy"], g["seconds_per_network"]
-        figures = [f"{a[k]:.4f}" for k in ("mean", "se", "min", "max")] if a else ["-"] * 4
-        rows.append([g["name"], g["kind"], g["split"], g["count"], *figures, "-" if s is None else f"{s:.3g}"])
-    columns = ["name", "kind", "split", "count", "mean", "se", "min", "max", "s/network"]
-    console.table(f"accuracy on {report['num_test_images']} test images", columns, rows, numeric=columns[3:])
+    show_groups(console, report)
     console.done(report["verdict"])
     finish(console, options, found, report, f"verify {shlex.quote(str(options.run))}")
     if min_accuracy is not None:
-        pipeline.check_gate(report, min_accuracy, found.path)
+        check_gate(report, min_accuracy, found.path)
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
@@ -366,26 +420,27 @@ def doctor(console: Console, options: Options, data_root: DataRootOption = None)
 
 
 def make_request(
-    trained: "Artifact", config: "GenerateConfig", task_bits: str | None, classes: str | None, tasks: str | None
-) -> "Request":
+    trained: "Artifact", config: "GenerateConfig", task_bits: str | None, classes: str | None, tasks: str | None,
+    label: str | None, accuracy: float | None,
+) -> "Request":  # fmt: skip
     """What `rpg generate` was asked for.
 
     Raises:
         UsageError: If a task is not one of this model's.
     """
-    from rpgcli import artifact, pipeline
+    from rpgcli import artifact, generation
+    from rpgcli.conditions import Asked
     from rpgcli.tasks import parse_classes, parse_task_bits, read_tasks
 
-    if task_bits is None and classes is None and tasks is None:
-        return pipeline.default_request(trained, config)
     names = trained.facts["network"]["classes"]
-    if not trained.facts["num_bits"]:
-        raise UsageError(
-            "this model is unconditional: it knows no tasks.", "Leave out --task-bits, --classes and --tasks."
-        )
+    if label is not None or accuracy is not None:
+        asked = Asked(label=label, accuracy=accuracy)
+        return generation.request_of(trained, config, [asked], asked.words)
+    if task_bits is None and classes is None and tasks is None:
+        return generation.default_request(trained, config)
     if tasks is None:
         bits = parse_task_bits(task_bits, names) if task_bits is not None else parse_classes(classes or "", names)
-        return pipeline.request_of(trained, config, [bits], bits)
+        return generation.request_of(trained, config, [Asked(task_bits=bits)], bits)
     try:
         lines = sys.stdin.readlines() if tasks == "-" else Path(tasks).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -393,24 +448,122 @@ def make_request(
             f"--tasks {tasks} cannot be read: {error}.", "Give a text file with one bit string a line."
         ) from None
     listed = read_tasks(lines, names)
-    return pipeline.request_of(trained, config, listed, f"list-{artifact.digest(listed)[:8]}")
+    name = f"list-{artifact.digest(listed)[:8]}"
+    return generation.request_of(trained, config, [Asked(task_bits=bits) for bits in listed], name)
 
 
-def in_words(bits: str | None, classes: Sequence[str]) -> str:
-    """Which classes a task asks for."""
-    return "-" if bits is None else f"{bits} ({', '.join(c for c, bit in zip(classes, bits) if bit == '1')})"
+def with_method(words: str, options: Options, method: "MethodName") -> str:
+    """The next command, told the method where the run holds several models."""
+    from rpgcli.models import STAGE_OF
+
+    num_models = sum((options.run / folder / "manifest.json").is_file() for folder, _ in STAGE_OF.values())
+    return f"{words} --method {method}" if num_models > 1 else words
+
+
+def evaluation_of(generated: Path, options: Options, method: "MethodName") -> str:
+    """The command that judges networks which were generated without asking for anything."""
+    from rpgcli import pipeline
+
+    resolved = stored_recipe(options, None, [], "generate")
+    words = with_method("evaluate", options, method)
+    if generated != pipeline.generated_folder(options.run, None, resolved, method):
+        is_own = generated.parent == options.run / "generated"
+        words = f"evaluate --request {shlex.quote(generated.name if is_own else str(generated.resolve()))}"
+    zoo = pipeline.zoo_of(options.run)
+    return words if zoo in (None, options.run / "zoo") else f"{words} --zoo {shlex.quote(str(zoo))}"
+
+
+def show_groups(console: Console, report: dict[str, Any]) -> None:
+    """The table of a report; of networks that all answer one question also how alike they are."""
+    alike = any("error_iou" in group for group in report["groups"])
+    rows = []
+    for g in report["groups"]:
+        a, s = g["accuracy"], g["seconds_per_network"]
+        figures = [f"{a[k]:.4f}" for k in ("mean", "se", "min", "max")] if a else ["-"] * 4
+        row = [g["name"], g["kind"], g["split"], g["count"], *figures]
+        if alike and a is None:
+            continue
+        if alike:
+            iou = g.get("error_iou", {"nearest": None, "within": None})
+            best = [f"{g['best']['test']:.4f}"] if "best" in g else ["-"]
+            row = [g["name"], g["count"], *figures[:3], *best]
+            row += ["-" if iou[k] is None else f"{iou[k]:.3f}" for k in ("nearest", "within")]
+        rows.append([*row, "-" if s is None else f"{s:.3g}"])
+    columns = ["name", "kind", "split", "count", "mean", "se", "min", "max", "s/network"]
+    if alike:
+        columns = ["name", "count", "mean", "se", "min", "best", "IoU near", "within", "s/network"]
+        console.note("best: chosen on validation images; IoU of errors with the nearest trained network, and inside")
+    first = columns.index("count")
+    console.table(f"accuracy on {report['num_test_images']} test images", columns, rows, numeric=columns[first:])
+    rows = [
+        [
+            f"{r['low']:g}-{r['high']:g}",
+            *(f"{r[k]['share']:.0%} of {r[k]['count']}" if r[k] else "-" for k in ("asked", "unasked")),
+        ]
+        for r in report.get("levels", [])
+    ]
+    if rows:
+        console.table("share of networks in a level, on test images", ["level", "asked for it", "asked for none"], rows)
+
+
+def show_selection(console: Console, selection: dict[str, Any] | None) -> None:
+    """How a trained model will be sampled, and what else was tried."""
+    rows = []
+    for entry in (selection or {"tried": []})["tried"]:
+        s, chosen = entry["sampling"], "chosen" if selection and entry == selection["chosen"] else ""
+        rows.append([s["sampler"]["kind"], s["num_steps"], f"{s['temperature']:g}", f"{entry['accuracy']:.4f}", chosen])
+    if rows:
+        columns = ["sampler", "steps", "temperature", "accuracy", ""]
+        console.table("sampling, on validation tasks and images", columns, rows, numeric=columns[1:4])
+
+
+def in_words(network: dict[str, Any], classes: Sequence[str]) -> str:
+    """What a network was asked for."""
+    bits, label, accuracy = network["task_bits"], network["label"], network["asked_accuracy"]
+    if bits is not None:
+        return f"{bits} ({', '.join(c for c, bit in zip(classes, bits) if bit == '1')})"
+    return label or ("-" if accuracy is None else f"accuracy {accuracy:g}")
+
+
+def pick_method(name: str | None) -> Any:
+    """The method that --method names.
+
+    Raises:
+        UsageError: If there is none of that name.
+    """
+    from rpgcli.models import STAGE_OF
+
+    if name is not None and name not in STAGE_OF:
+        raise UsageError(f"--method {name!r} is unknown{nearest(name, STAGE_OF)}", f"Known: {', '.join(STAGE_OF)}.")
+    return name
+
+
+def training_recipes(
+    options: StageOptions, names: list[str] | None, assignments: list[str], own: str
+) -> list["Recipe"]:
+    """The recipe of a training stage; for a plan, those that are named, whatever the run holds.
+
+    Raises:
+        UsageError: If several are named and it is no plan.
+    """
+    if options.dry_run and names:
+        return [stored_recipe(options, name, assignments, own, fresh=True) for name in names]
+    if names and len(names) > 1:
+        raise UsageError("several recipes were given.", "One at a time; several only with --dry-run.")
+    return [stored_recipe(options, names[0] if names else None, assignments, own)]
 
 
 def show_plan(
-    console: Console, options: Options, stage: str, resolved: Sequence["Recipe"], data_root: Path | None
-) -> None:
-    """What a stage would do, without doing it."""
-    from rpgcli import planning
+    console: Console, options: Options, stage: str, resolved: Sequence["Recipe"], data_root: Path | None,
+    *, zoo: Path | None = None, named: bool = False,
+) -> None:  # fmt: skip
+    """What a stage would do, without doing it; recipes that are `named` are planned whatever the run holds."""
+    from rpgcli import pipeline, planning
 
     set_threads(options)
-    device = pick_device(options.device)
-    zoo = options.run / "zoo"
-    plans = [planning.plan(stage, recipe, zoo=zoo, data_root=data_root, device=device) for recipe in resolved]
+    device, run = pick_device(options.device), None if named else options.run
+    zoo = zoo if run is None or zoo is not None else pipeline.zoo_of(run)
+    plans = [planning.plan(stage, recipe, run=run, zoo=zoo, data_root=data_root, device=device) for recipe in resolved]
     for plan in plans:
         rows = [in_units(name, value) for name, value in plan.items() if name not in {"recipe", "stage"}]
         console.table(f"{plan['recipe']}: rpg {stage}", ["what", "how much"], rows, numeric=["how much"])
@@ -428,6 +581,8 @@ def in_units(name: str, value: Any) -> list[str]:
             return [name.removesuffix(unit).replace("_", " "), roughly + show(value)]
     if isinstance(value, bool):
         return [name, "yes" if value else "no"]
+    if isinstance(value, str):
+        return [name, value]
     return [name.replace("_", " "), human_count(value)]
 
 

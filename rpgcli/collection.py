@@ -2,7 +2,8 @@
 
     tasks        every network fine-tuned from one shared start, one for each task (and run)
     seeds        independent trainings from independent starts
-    trajectory   one training (or a few), then dense snapshots along a last epoch (RPG, p-diff)
+    trajectory   one training (or a few), then dense snapshots along a last epoch (RPG); of a subset of the
+                 parameters (p-diff): one base network, then runs in which only the subset moves
 
 Small targets are trained many at once: their parameters are stacked, `vmap` runs all forward passes as one, and a
 plain backward pass and optimizer step follow (every operation is per network, so the result is that of training them
@@ -24,16 +25,17 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor
 
 from rpgcli import imports, rng
-from rpgcli.artifact import Draft, canonical, read_json, read_tensors, write_bytes
+from rpgcli.artifact import Draft, canonical, read_json, read_tensors, write_bytes, write_tensors
 from rpgcli.config import Config
 from rpgcli.errors import ArtifactError, RpgError, UsageError
 from rpgcli.problem import Problem, State
 from rpgcli.progress import OnStep, Step, in_phase
+from rpgcli.subsets import Tail, select_parameters
 from rpgcli.tasks import split_tasks
-from rpgcli.zoo import Network
+from rpgcli.zoo import SHARED, Network
 
 START = "start.safetensors"
-"""The shared start of a zoo of tasks, kept beside its networks."""
+"""The shared start of a zoo of tasks, kept beside its networks; the base of a zoo of subsets, while it is collected."""
 
 
 class OptimiserConfig(Config):
@@ -132,14 +134,23 @@ class TrajectoryConfig(BlockConfig):
     """Trainings followed by dense snapshots along a last stretch."""
 
     kind: Literal["trajectory"] = "trajectory"
+    parameters: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = "all"
+    """What the snapshots differ in: `all`, or one or a list of names, globs and roles (`norm:last2`, `linear:last`,
+    `conv:first`, `norm:3-5`, `shortcut`). The rest is then frozen in evaluation mode and stored once."""
     runs: PositiveInt = 1
-    """Separate trainings."""
+    """Separate trainings; of a subset, separate runs of `save` in other orders, all from one base network."""
     num_checkpoints: PositiveInt = 50
     """Snapshots of each run, evenly spaced over `save`."""
     training: OptimiserConfig = OptimiserConfig(epochs=10, learning_rate=1e-3, last_fraction=0.0)
-    """Before anything is saved."""
+    """Before anything is saved; not done to the base of a subset where `pretrained` names a whole network."""
     save: OptimiserConfig = OptimiserConfig(epochs=1, batch_size=16, learning_rate=1e-4, schedule="constant")
     """While snapshots are saved."""
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """What means the subset; empty for the whole network."""
+        patterns = (self.parameters,) if isinstance(self.parameters, str) else self.parameters
+        return () if "all" in patterns else patterns
 
 
 CollectConfig = Annotated[TasksConfig | SeedsConfig | TrajectoryConfig, Field(discriminator="kind")]
@@ -173,6 +184,14 @@ class Feed:
         """The images of step 0, 1, ... at `index` (G, B), augmented: (G, B, C, H, W)."""
         streams = [rng.stream(self.seed, "augment", row, step) for row in self.rows]
         return torch.stack([self.problem.images("train", i, stream) for i, stream in zip(index, streams)])
+
+
+class Numbers(Feed):
+    """The numbers of the images instead of the images, for a network that keeps what it needs of each."""
+
+    def images(self, index: Tensor, step: int) -> Tensor:
+        """`index`, (G, B)."""
+        return index
 
 
 @dataclass(frozen=True)
@@ -229,7 +248,7 @@ class Single:
 
 
 def train(
-    networks: Stacked | Single, labels: Tensor, feed: Feed, config: OptimiserConfig, *,
+    networks: Stacked | Single | Tail, labels: Tensor, feed: Feed, config: OptimiserConfig, *,
     save_at: Sequence[int], on_step: OnStep,
 ) -> list[Snapshot]:  # fmt: skip
     """Train networks side by side.
@@ -252,7 +271,8 @@ def train(
         for index in feed.order(epoch).split(config.batch_size, dim=1):  # (G, B)
             x = feed.images(index, done)  # (G, B, C, H, W)
             y = labels.gather(1, index.to(labels.device).expand(len(labels), -1))  # (N, B)
-            if index.shape[1] > 1 or isinstance(networks, Stacked):  # Batch norm cannot train on a single last image.
+            # Batch norm cannot train on a single last image.
+            if index.shape[1] > 1 or not isinstance(networks, Single):
                 logits = networks.outputs(x).flatten(0, 1)  # (N * B, O)
                 loss = F.cross_entropy(
                     logits, y.flatten(), reduction="none", label_smoothing=config.label_smoothing
@@ -313,8 +333,19 @@ def make_plan(problem: Problem, config: CollectConfig, seed: int) -> list[Plan]:
 
 def blocks(problem: Problem, config: CollectConfig, plan: Sequence[Plan]) -> list[Sequence[Plan]]:
     """The plan cut into what is trained together."""
-    size = config.block if problem.config.target.batched else 1
+    is_subset = config.kind == "trajectory" and bool(config.patterns)
+    size = config.block if problem.config.target.batched and not is_subset else 1
     return [plan[i : i + size] for i in range(0, len(plan), size)]
+
+
+def subset(problem: Problem, config: CollectConfig) -> list[str]:
+    """Names of the parameters that alone differ between the networks of a zoo; empty for whole networks.
+
+    Raises:
+        UsageError: If a pattern means nothing, or nothing that is trained.
+    """
+    patterns = config.patterns if config.kind == "trajectory" else ()
+    return select_parameters(problem.skeleton, patterns) if patterns else []
 
 
 def collect(
@@ -334,7 +365,14 @@ def collect(
         All networks with their facts.
     """
     plan = make_plan(problem, config, seed)
-    start = shared_start(problem, config, seed, draft, download=download, on_step=on_step)
+    names = subset(problem, config)
+    start: State | Tail | None
+    if names:
+        base = base_network(problem, config, seed, draft, download=download, on_step=on_step)
+        draft.save_tensors(SHARED, {name: value for name, value in base.items() if name not in names})
+        start = Tail(problem, base, names)
+    else:
+        start = shared_start(problem, config, seed, draft, download=download, on_step=on_step)
     networks: list[Network] = []
     for b, block in enumerate(blocks(problem, config, plan)):
         before, num = sum(n.last for n in networks), len(block)
@@ -346,7 +384,8 @@ def collect(
         found = _finished(draft, record)
         if found is None:
             snapshots = _train_block(problem, config, seed, block, start, report)
-            found = _save_block(problem, draft, block, snapshots, first_file=len(networks))
+            measured_by = start if isinstance(start, Tail) else problem
+            found = _save_block(measured_by, draft, block, snapshots, first_file=len(networks))
             write_bytes(record, canonical([[n.to_json(), draft.digest(n.file)] for n in found]))
             draft.resumable = True
         networks += found
@@ -367,11 +406,7 @@ def shared_start(
     wider = problem.build("trunk", seed=seed, num_outputs=max(problem.dataset.num_classes, problem.num_outputs + 1))
     head = {name for name, value in wider.state_dict().items() if value.shape != fresh[name].shape}
     if config.pretrained is not None:
-        if config.pretrained == "timm":
-            given = published(problem, seed, download)
-        else:
-            given = imports.read_network(Path(config.pretrained))
-        kept = _fitting(given, fresh, config.pretrained)
+        kept = _given(problem, config.pretrained, seed, fresh, download=download)
         if config.kind == "tasks":
             kept = {name: value for name, value in kept.items() if name not in head}
         start = {**fresh, **kept}
@@ -391,9 +426,42 @@ def shared_start(
     return start
 
 
+def base_network(
+    problem: Problem, config: CollectConfig, seed: int, draft: Draft, *, download: bool, on_step: OnStep
+) -> State:
+    """The network whose subset is trained on: given whole by `pretrained`, or trained by `training`.
+
+    It is kept in the draft until the zoo is complete, so that an interrupted collection need not train it again.
+    """
+    if (draft.path / START).exists():
+        return read_tensors(draft.path / START)
+    base = problem.build("seed", 0, seed=seed).state_dict()
+    given: State = {}
+    if config.pretrained is not None:
+        given = _given(problem, config.pretrained, seed, base, download=download)
+        base = {**base, **given}
+    if config.pretrained == "timm" or given.keys() != base.keys():  # Some layer knows nothing of this data set.
+        network = Single(problem, base)
+        labels, feed = problem.labels("train", [None]), Feed(problem, seed, [0])
+        train(network, labels, feed, config.training, save_at=(), on_step=in_phase(on_step, "base network"))
+        base = network.snapshot()[0]
+    base = {name: value.cpu() for name, value in base.items()}
+    write_tensors(draft.path / START, base)
+    draft.resumable = True
+    return base
+
+
 def _train_block(
-    problem: Problem, config: CollectConfig, seed: int, block: Sequence[Plan], start: State | None, on_step: OnStep
+    problem: Problem,
+    config: CollectConfig,
+    seed: int,
+    block: Sequence[Plan],
+    start: State | Tail | None,
+    on_step: OnStep,
 ) -> list[Snapshot]:
+    if isinstance(start, Tail):
+        assert config.kind == "trajectory", "only its configuration has a subset"
+        return _train_subset(problem, config, seed, block[0].run, start, on_step)
     starts = [start or problem.build("seed", plan.run, seed=seed).state_dict() for plan in block]
     networks = Stacked(problem, starts) if problem.config.target.batched else Single(problem, starts[0])
     labels = problem.labels("train", [plan.task_bits for plan in block])  # (N, n)
@@ -404,23 +472,38 @@ def _train_block(
         save_at = [total - epoch * (config.snapshots - 1 - s) for s in range(config.snapshots)]
         return train(networks, labels, feed, config.training, save_at=save_at, on_step=on_step)
     extra = config.save.num_steps(labels.shape[1])
-    save_at = [round((k + 1) * extra / config.num_checkpoints) for k in range(config.num_checkpoints)]
 
     def report(step: Step, before: int = 0) -> None:
         on_step(Step(before + step.done, total + extra))
 
     train(networks, labels, feed, config.training, save_at=(), on_step=report)
     dense = Feed(problem, seed, [f"save {plan.run}" for plan in block])
-    return train(networks, labels, dense, config.save, save_at=save_at, on_step=lambda step: report(step, total))
+    return train(
+        networks, labels, dense, config.save, save_at=_evenly(config, extra), on_step=lambda step: report(step, total)
+    )
+
+
+def _train_subset(
+    problem: Problem, config: TrajectoryConfig, seed: int, run: int, tail: Tail, on_step: OnStep
+) -> list[Snapshot]:
+    tail.reset()
+    kind = Numbers if problem.config.dataset.augment == "none" else Feed
+    labels = problem.labels("train", [None])
+    save_at = _evenly(config, config.save.num_steps(labels.shape[1]))
+    return train(tail, labels, kind(problem, seed, [f"save {run}"]), config.save, save_at=save_at, on_step=on_step)
+
+
+def _evenly(config: TrajectoryConfig, num_steps: int) -> list[int]:
+    return [round((k + 1) * num_steps / config.num_checkpoints) for k in range(config.num_checkpoints)]
 
 
 def _save_block(
-    problem: Problem, draft: Draft, block: Sequence[Plan], snapshots: list[Snapshot], first_file: int
+    measured_by: Problem | Tail, draft: Draft, block: Sequence[Plan], snapshots: list[Snapshot], first_file: int
 ) -> list[Network]:
     found: list[Network] = []
     bits = [plan.task_bits for plan in block]
     measured = [
-        [problem.accuracy(snapshot.states, bits, split).tolist() for split in ("validation", "test")]
+        [measured_by.accuracy(snapshot.states, bits, split).tolist() for split in ("validation", "test")]
         for snapshot in snapshots
     ]
     for i, plan in enumerate(block):
@@ -431,7 +514,7 @@ def _save_block(
             if not all(bool(value.isfinite().all()) for value in snapshot.states[i].values()):
                 raise RpgError(
                     f"network {first_file + len(found)} of the zoo is no longer finite after {snapshot.step} steps.",
-                    "Its training diverged: lower collect.training.learning_rate.",
+                    "Its training diverged: lower collect.training.learning_rate (or collect.save's).",
                 )
             validation, test = measured[s]
             network = Network(
@@ -459,7 +542,9 @@ def _finished(draft: Draft, record: Path) -> list[Network] | None:
 
 
 def bring_in(problem: Problem, folder: Path, draft: Draft, *, on_step: OnStep) -> list[Network]:
-    """Make a zoo of networks that already exist: every `.safetensors` or `.pth` file of a folder.
+    """Make a zoo of networks that already exist: every `.safetensors` or `.pth` file of a folder and its sub-folders.
+
+    The name of a sub-folder becomes the label of the networks in it.
 
     Raises:
         UsageError: If the problem has tasks: nobody knows those of the networks.
@@ -475,7 +560,8 @@ def bring_in(problem: Problem, folder: Path, draft: Draft, *, on_step: OnStep) -
     for i, path in enumerate(paths):
         state = imports.match_network(imports.read_network(path), problem.reference)
         measured = {split: float(problem.accuracy([state], [None], split)) for split in ("validation", "test")}
-        network = Network(file=f"{i:05d}.safetensors", split="seen", run=i, accuracy=measured)
+        label = path.parent.name if path.parent != folder else None
+        network = Network(file=f"{i:05d}.safetensors", split="seen", run=i, accuracy=measured, label=label)
         draft.save_tensors(network.file, state)
         networks.append(network)
         on_step(Step(i + 1, len(paths), unit="network"))
@@ -500,6 +586,12 @@ def published(problem: Problem, seed: int, download: bool) -> State:
         )
     with rng.initialising(seed, "published"):
         return target.published(problem.dataset.channels, problem.dataset.size, problem.num_outputs)
+
+
+def _given(problem: Problem, pretrained: str, seed: int, fresh: State, *, download: bool) -> dict[str, Tensor]:
+    """The tensors of `collect.pretrained` that fit the target, whose state dict is `fresh`."""
+    given = published(problem, seed, download) if pretrained == "timm" else imports.read_network(Path(pretrained))
+    return _fitting(given, fresh, pretrained)
 
 
 def _fitting(given: State, fresh: State, source: str) -> dict[str, Tensor]:

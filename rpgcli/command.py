@@ -39,7 +39,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="A pipeline: rpg collect, tokenize, train-rpg, generate, evaluate. Each ends by naming the next command.",
+    epilog="A pipeline: rpg collect, tokenize, train-rpg, generate, evaluate; for p-diff train-ae and train-diffusion "
+    "instead of train-rpg. Each ends by naming the next command.",
 )
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -56,6 +57,9 @@ RecipesArgument = Annotated[
 ]
 ZooOption = Annotated[Path | None, typer.Option("--zoo", help="Read the zoo from this folder instead of the run's.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of this stage.")]
+MethodOption = Annotated[
+    str | None, typer.Option("--method", help="rpg or pdiff; default: the only model that the run holds.")
+]
 DataRootOption = Annotated[Path | None, typer.Option("--data-root", help="Folder that holds the data set's files.")]
 DownloadOption = Annotated[bool, typer.Option("--download", help="Allow fetching data sets or published weights.")]
 

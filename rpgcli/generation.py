@@ -3,35 +3,41 @@
 Sample i of seed S for a task draws from the stream named (S, task, i) and is computed by itself, so it does not depend
 on how many others are asked for, nor on their order.
 
-Letters: L tokens, D = token_dim, M = width of a prototype.
+Letters: L tokens of a network, R rows of width D that are denoised together (RPG: the tokens; p-diff: one latent),
+M = width of a prototype.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from rpgcli import rng
-from rpgcli.conditions import parse_state
+from rpgcli import artifact, rng
+from rpgcli.artifact import Artifact
+from rpgcli.conditions import Asked, Condition, parse_state
 from rpgcli.config import Config
-from rpgcli.errors import RpgError
+from rpgcli.errors import RpgError, UsageError
 from rpgcli.layout import Layout
-from rpgcli.methods.rpg import RPG
 from rpgcli.samplers import DdimConfig, SamplerConfig
-from rpgcli.tasks import bits_tensor
 from rpgcli.tokens import Statistics, detokenize
 
-UNCONDITIONAL_COUNT = 20
+MANY = 20
 """Networks of a model without tasks, if nobody says how many: one would say nothing of its distribution."""
 KEPT_PROTOTYPES = 16
 """Conditions whose prototypes are kept: a request draws its states in any order."""
 
 
+MethodName = Literal["rpg", "pdiff"]
+
+
 class GenerateConfig(Config):
     """How networks are sampled; what is left out was chosen on validation tasks when the model was trained."""
 
+    method: MethodName | None = None
+    """Which model of the run; left out: the only one there is."""
     seed: int = 0
     """Names the noise of every sample."""
     count: PositiveInt | None = None
@@ -47,9 +53,9 @@ class GenerateConfig(Config):
     num_seen: PositiveInt = 102
     """Seen tasks among the networks generated when no task is asked for."""
 
-    def num_networks(self, *, conditional: bool) -> int:
+    def num_networks(self, *, has_tasks: bool) -> int:
         """Networks for each task, resolved."""
-        return self.count or (1 if conditional else UNCONDITIONAL_COUNT)
+        return self.count or (1 if has_tasks else MANY)
 
 
 class Sampling(Config):
@@ -63,75 +69,106 @@ class Sampling(Config):
     """Scale of the starting noise."""
 
 
+class Method(Protocol):
+    """What `Generator` needs of a trained model."""
+
+    def prototypes(self, features: Tensor | None, state: Tensor | None) -> Tensor:
+        """Features (B, C) and permutation states (B,) to prototypes (B, R, M)."""
+        ...
+
+    def sample(
+        self,
+        c: Tensor,
+        x_T: Tensor,
+        mask: Tensor,
+        *,
+        sampler: SamplerConfig,
+        num_steps: int,
+        noise: Callable[[], Tensor],
+    ) -> Tensor:
+        """Denoise rows (K, D) given their prototypes (K, M)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sample:
     """One network that is asked for."""
 
-    split: str
-    task_bits: str | None
+    asked: Asked
     index: int
-    """Number i among the networks of its task."""
+    """Number i among the networks of its request."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained method with what turns its samples into networks; all on one device, in evaluation mode."""
+
+    name: MethodName
+    method: Method
+    mask: Tensor
+    """What varies and is sampled, (R, D)."""
+    decode: Callable[[Tensor], Tensor]
+    """Samples (B, R, D) to standardised tokens (B, L, token_dim)."""
+    condition: Condition | None
+    num_states: int
+    layout: Layout
+    statistics: Statistics
+    constants: Mapping[str, Tensor]
 
 
 class Generator:
-    """A trained RPG with what turns its tokens into networks.
+    """Samples networks from a trained model."""
 
-    Args:
-        model: On its device, in evaluation mode.
-        layout: Of the tokens.
-        statistics: Of the tokens.
-        constants: Tensors that are not generated.
-        num_states: Permutation states to choose from.
-    """
-
-    def __init__(
-        self, model: RPG, layout: Layout, statistics: Statistics, constants: Mapping[str, Tensor], num_states: int
-    ) -> None:
-        self.model, self.layout, self.statistics, self.constants = model, layout, statistics, constants
-        self.num_states = num_states
-        self.device = model.position.device
-        self.mask = statistics.varies.to(self.device)  # (L, D)
-        self._prototypes: dict[tuple[str | None, int], Tensor] = {}
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.device = model.mask.device
+        self._prototypes: dict[tuple[Asked, int], Tensor] = {}
 
     def tokens(self, sample: Sample, sampling: Sampling, *, seed: int, state: str) -> tuple[Tensor, int]:
         """Sample one network.
 
         Returns:
-            Its standardised tokens, (L, D) on the CPU, and its permutation state (-1: none).
+            Its standardised tokens, (L, token_dim) on the CPU, and its permutation state (-1: none).
         """
-        generator = rng.stream(seed, "generate", sample.task_bits or "", sample.index)
-        chosen = parse_state(state, self.num_states)
-        drawn = int(torch.randint(self.num_states, (), generator=generator))
+        model, asked = self.model, sample.asked
+        generator = rng.stream(seed, "generate", asked.words, sample.index)
+        chosen = parse_state(state, model.num_states)
+        drawn = int(torch.randint(model.num_states, (), generator=generator))
         chosen = drawn if chosen is None else chosen
 
         def noise() -> Tensor:
-            return torch.randn(self.mask.shape, generator=generator).to(self.device)  # (L, D)
+            return torch.randn(model.mask.shape, generator=generator).to(self.device)  # (R, D)
 
-        x_T = sampling.temperature * noise()  # (L, D)
-        c = self.prototypes(sample.task_bits, chosen)  # (L, M)
-        x_0 = self.model.sample(
-            c, x_T, self.mask, sampler=sampling.sampler, num_steps=sampling.num_steps, noise=noise
-        )  # (L, D)
-        return x_0.float().cpu(), chosen
+        x_T = sampling.temperature * noise()  # (R, D)
+        c = self.prototypes(asked, chosen)  # (R, M)
+        x_0 = model.method.sample(
+            c, x_T, model.mask, sampler=sampling.sampler, num_steps=sampling.num_steps, noise=noise
+        )  # (R, D)
+        return self._decoded(x_0[None])[0], chosen
 
     @torch.no_grad()
-    def prototypes(self, task_bits: str | None, state: int) -> Tensor:
-        """Prototypes of one network, (L, M); kept, so that further samples of the same condition reuse them."""
-        if (task_bits, state) not in self._prototypes:
-            bits = bits_tensor([task_bits]).float().to(self.device) if task_bits is not None else None
-            c = self.model.prototypes(bits, torch.tensor([state], device=self.device))[0]
+    def prototypes(self, asked: Asked, state: int) -> Tensor:
+        """Prototypes of one network, (R, M); kept, so that further samples of the same condition reuse them."""
+        if (asked, state) not in self._prototypes:
+            c = self.model.method.prototypes(self.features([asked]), torch.tensor([state], device=self.device))[0]
             if len(self._prototypes) == KEPT_PROTOTYPES:
                 self._prototypes.pop(next(iter(self._prototypes)))  # The oldest.
-            self._prototypes[task_bits, state] = c
-        return self._prototypes[task_bits, state]
+            self._prototypes[asked, state] = c
+        return self._prototypes[asked, state]
+
+    def features(self, asked: Sequence[Asked]) -> Tensor | None:
+        """Of the condition, (B, C)."""
+        condition = self.model.condition
+        return None if condition is None else condition.features(asked).to(self.device)
 
     def network(self, tokens: Tensor) -> dict[str, Tensor]:
-        """A state dict from standardised tokens, (L, D).
+        """A state dict from standardised tokens, (L, token_dim).
 
         Raises:
             RpgError: If it is not finite.
         """
-        state = detokenize(tokens, self.layout, self.statistics, self.constants)
+        model = self.model
+        state = detokenize(tokens, model.layout, model.statistics, model.constants)
         for name, tensor in state.items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise RpgError(
@@ -140,27 +177,100 @@ class Generator:
                 )
         return state
 
-    def batch(self, task_bits: Sequence[str], sampling: Sampling, *, seed: int) -> Tensor:
-        """One network for each task at once, (B, L, D) on the CPU: a quick look, equal to `tokens` to rounding."""
-        drawn = [rng.stream(seed, "generate", bits, 0) for bits in task_bits]
-        states = torch.tensor([int(torch.randint(self.num_states, (), generator=g)) for g in drawn])
+    def batch(self, asked: Sequence[Asked], sampling: Sampling, *, seed: int) -> Tensor:
+        """One network for each at once, (B, L, token_dim) on the CPU: a quick look, equal to `tokens` to rounding."""
+        drawn = [rng.stream(seed, "generate", one.words, 0) for one in asked]
+        states = torch.tensor([int(torch.randint(self.model.num_states, (), generator=g)) for g in drawn])
+        shape = self.model.mask.shape
 
         def noise() -> Tensor:
-            return torch.cat([torch.randn(self.mask.shape, generator=g) for g in drawn]).to(self.device)  # (B * L, D)
+            return torch.cat([torch.randn(shape, generator=g) for g in drawn]).to(self.device)  # (B * R, D)
 
-        mask = self.mask.repeat(len(task_bits), 1)  # (B * L, D)
+        mask = self.model.mask.repeat(len(asked), 1)  # (B * R, D)
         with torch.no_grad():
-            c = self.model.prototypes(bits_tensor(task_bits).float().to(self.device), states.to(self.device))
-        x_0 = self.model.sample(
+            c = self.model.method.prototypes(self.features(asked), states.to(self.device))
+        x_0 = self.model.method.sample(
             c.flatten(0, 1), sampling.temperature * noise(), mask,
             sampler=sampling.sampler, num_steps=sampling.num_steps, noise=noise,
         )  # fmt: skip
-        tokens: Tensor = x_0.float().cpu().unflatten(0, (len(task_bits), -1))
-        return tokens
+        return self._decoded(x_0.unflatten(0, (len(asked), -1)))
+
+    @torch.no_grad()
+    def _decoded(self, x_0: Tensor) -> Tensor:
+        return self.model.decode(x_0).float().cpu()
 
 
-def expand(tasks: Sequence[tuple[str, str | None]], count: int) -> Iterator[Sample]:
-    """The samples of a request: `count` networks for each (split, task bits)."""
-    for split, bits in tasks:
-        for index in range(count):
-            yield Sample(split, bits, index)
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """What networks are asked for."""
+
+    name: str
+    asked: Sequence[Asked]
+    count: int
+    """Networks for each."""
+
+    def samples(self) -> Iterator[Sample]:
+        """All of them."""
+        return (Sample(one, index) for one in self.asked for index in range(self.count))
+
+
+def condition_of(trained: Artifact) -> Condition | None:
+    """The condition of a trained model."""
+    stored = trained.facts["condition"]
+    return Condition.from_json(stored) if stored is not None else None
+
+
+def default_request(trained: Artifact, config: GenerateConfig) -> Request:
+    """What a model is asked for when nobody says.
+
+    Task bits: all validation and unseen tasks and a sample of the seen. Labels and levels: each, and levels also
+    nothing. An accuracy: its mean, and a deviation below and above. An unconditional model: nothing.
+    """
+    condition = condition_of(trained)
+    count = config.num_networks(has_tasks=condition is not None and condition.kind == "task-bits")
+    if condition is None:
+        return Request("all", [Asked()], count)
+    if condition.kind == "task-bits":
+        tasks = trained.facts["tasks"]
+        chosen = [Asked("seen", bits) for bits in tasks["seen"][: config.num_seen]]
+        chosen += [Asked(split, bits) for split in ("validation", "unseen") for bits in tasks[split]]
+        return Request("tasks", chosen, count)
+    if condition.kind == "label":
+        return Request("labels", [Asked(label=label) for label in condition.labels], count)
+    if condition.kind == "accuracy-level":
+        middles = [round((low + high) / 2, 6) for low, high in condition.levels]
+        return Request("levels", [*(Asked(accuracy=middle) for middle in middles), Asked()], count)
+    around = dict.fromkeys(round(min(1.0, max(0.0, condition.mean + k * condition.std)), 4) for k in (-1, 0, 1))
+    return Request("accuracies", [Asked(accuracy=accuracy) for accuracy in around], count)
+
+
+def request_of(trained: Artifact, config: GenerateConfig, asked: Sequence[Asked], name: str) -> Request:
+    """A request for given tasks, a label, or an accuracy; a task that is not in the zoo is unseen.
+
+    Raises:
+        UsageError: If the model cannot be asked for that.
+    """
+    condition = condition_of(trained)
+    if condition is None:
+        raise UsageError(
+            "this model is unconditional: nothing can be asked of it.",
+            "Leave out --task-bits, --classes, --tasks, --label and --accuracy.",
+        )
+    sides = {bits: split for split, side in trained.facts["tasks"].items() for bits in side}
+    for one in asked:
+        condition.check(one)
+    placed = [
+        replace(one, split=sides.get(one.task_bits, "unseen")) if one.task_bits is not None else one for one in asked
+    ]
+    return Request(name, placed, config.num_networks(has_tasks=condition.kind == "task-bits"))
+
+
+def request_folder(request: Request, config: GenerateConfig, method: MethodName) -> str:
+    """`[pdiff-]<bits, label, accuracy or tasks>-s<seed>-n<count>[-<hash of the other settings that were given>]`."""
+    rest = config.model_dump(mode="json", exclude={"seed", "count", "method"}, exclude_defaults=True)
+    suffix = f"-{artifact.digest(rest)[:8]}" if rest else ""
+    prefix = "" if method == "rpg" else f"{method}-"
+    return f"{prefix}{request.name}-s{config.seed}-n{request.count}{suffix}"

@@ -44,19 +44,25 @@ MALFORMED = (
 
 
 def networks_in(folder: Path) -> list[Path]:
-    """Files of networks in `folder`, in natural order: `net2` before `net10`.
+    """Files of networks in `folder` and in its sub-folders, in natural order: `net2` before `net10`.
 
     Raises:
         ArtifactError: If there is no such folder, or no network in it.
     """
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder.", "Name the folder that holds the networks.")
-    paths = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith(".")]
+    folders = [folder, *(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))]
+    paths = [
+        p
+        for place in folders
+        for p in place.iterdir()
+        if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith(".")
+    ]
     if not paths:
         raise ArtifactError(
             f"{folder} holds no network.", f"Expected: one file for each network, ending in {', '.join(SUFFIXES)}."
         )
-    return sorted(paths, key=lambda path: (_natural(path.name), path.name))
+    return sorted(paths, key=lambda path: [(_natural(part), part) for part in path.relative_to(folder).parts])
 
 
 def read_network(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Tensor]:

@@ -11,8 +11,7 @@ Letters: L = num_tokens, D = token_dim, P = num_parameters generated.
 """
 
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -39,7 +38,8 @@ class TensorSpec:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    role: Literal["generated", "constant"]
+    role: Literal["generated", "constant", "shared"]
+    """Learned; carried as it is with each checkpoint; or frozen, the same in all networks and stored once."""
     transform: Literal["identity", "log-variance"] = "identity"
 
     @property
@@ -83,8 +83,13 @@ class Layout:
 
     @cached_property
     def constants(self) -> tuple[TensorSpec, ...]:
-        """The tensors that are carried as they are."""
+        """The tensors that each checkpoint carries as they are."""
         return tuple(spec for spec in self.specs if spec.role == "constant")
+
+    @cached_property
+    def shared(self) -> tuple[TensorSpec, ...]:
+        """The tensors that are the same in all networks."""
+        return tuple(spec for spec in self.specs if spec.role == "shared")
 
     @cached_property
     def num_parameters(self) -> int:
@@ -154,17 +159,26 @@ class Layout:
         self.check(state)
         return torch.cat([state[spec.name].reshape(-1).float() for spec in self.generated])
 
+    def pieces(self, flat: Tensor) -> dict[str, Tensor]:
+        """The generated tensors from P values, each in its own dtype."""
+        parts = flat.split([spec.numel for spec in self.generated])
+        return {
+            spec.name: part.view(spec.shape).to(DTYPES[spec.dtype]).clone() for spec, part in zip(self.generated, parts)
+        }
+
     def unflatten(self, flat: Tensor, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dict from P values and the constant tensors; each tensor in its own dtype and order."""
-        pieces = dict(zip((s.name for s in self.generated), flat.split([s.numel for s in self.generated])))
-        state = {}
-        for spec in self.specs:
-            source = pieces[spec.name].view(spec.shape) if spec.role == "generated" else constants[spec.name]
-            state[spec.name] = source.to(DTYPES[spec.dtype]).clone()
-        return state
+        pieces = self.pieces(flat)
+        return {
+            spec.name: pieces[spec.name] if spec.role == "generated" else constants[spec.name].clone()
+            for spec in self.specs
+        }
 
     def check(self, state: Mapping[str, Tensor]) -> None:
-        """Raise a LayoutError unless `state` has exactly this layout's names, shapes and dtypes, all finite."""
+        """Raise a LayoutError unless `state` has exactly this layout's names, shapes and dtypes, all finite.
+
+        Shared tensors are not read: they are looked at once, where they are stored.
+        """
         known = {spec.name: spec for spec in self.specs}
         if odd := sorted(known.keys() ^ state.keys()):
             missing, extra = [n for n in odd if n in known], [n for n in odd if n not in known]
@@ -181,10 +195,8 @@ class Layout:
                     f"{name} is {tuple(tensor.shape)} {dtype} but this layout needs {spec.shape} {spec.dtype}.",
                     "All networks of a zoo must be of one architecture.",
                 )
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise LayoutError(
-                    f"{name} holds NaN or infinity.", "Remove that network from the zoo, or collect it again."
-                )
+            if spec.role != "shared":
+                check_finite(name, tensor)
 
     def to_json(self) -> dict[str, Any]:
         """The layout as JSON; safetensors keeps no order, so this file does."""
@@ -218,7 +230,7 @@ def make_layout(
     token_dim: int,
     granularity: Granularity,
     log_variance: bool,
-    frozen: str | None = None,
+    shared: Collection[str] = (),
 ) -> Layout:
     """Decide what of a state dict is generated.
 
@@ -230,7 +242,7 @@ def make_layout(
         token_dim: Slots D of a token.
         granularity: How tensors are cut into tokens.
         log_variance: Whether running variances are learned as logarithms.
-        frozen: Pattern of further names that are constants.
+        shared: Names of frozen tensors, the same in all networks.
 
     Raises:
         LayoutError: If nothing is left to generate, or a tensor is float64 or complex.
@@ -238,16 +250,25 @@ def make_layout(
     specs = []
     for name, tensor in state.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
-        constant = not tensor.is_floating_point() or tensor.numel() <= 1 or bool(frozen and re.fullmatch(frozen, name))
-        if dtype not in DTYPES or (not constant and dtype not in GENERATED_DTYPES):
+        role: Literal["generated", "constant", "shared"] = "generated"
+        if name in shared:
+            role = "shared"
+        elif not tensor.is_floating_point() or tensor.numel() <= 1:
+            role = "constant"
+        if dtype not in DTYPES or (role == "generated" and dtype not in GENERATED_DTYPES):
             raise LayoutError(f"{name} is {dtype}, which tokens cannot hold.", "Convert the network to float32 first.")
-        log = log_variance and not constant and name.endswith("running_var")
-        role: Literal["generated", "constant"] = "constant" if constant else "generated"
+        log = log_variance and role == "generated" and name.endswith("running_var")
         specs.append(TensorSpec(name, tuple(tensor.shape), dtype, role, "log-variance" if log else "identity"))
     layout = Layout(tuple(specs), token_dim, granularity)
     if not layout.generated:
         raise LayoutError("nothing is left to generate.", "Every tensor of these networks is constant.")
     return layout
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise a LayoutError if the tensor called `name` holds NaN or infinity."""
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise LayoutError(f"{name} holds NaN or infinity.", "Remove that network from the zoo, or collect it again.")
 
 
 def _divisors(n: int) -> Iterator[int]:

@@ -1,7 +1,8 @@
 """The stages as typed functions: artifacts in, artifacts out. Nothing here prints.
 
-    collect -> zoo/      tokenize -> tokens/      train_rpg -> rpg/      generate -> generated/<request>/
-    evaluate -> report/
+    collect -> zoo/      tokenize -> tokens/      train_rpg -> rpg/
+                                                  train_ae -> autoencoder/      train_diffusion -> diffusion/
+    generate -> generated/<request>/              evaluate -> report/
 
 Each stage reads the ones before it in the run folder, and is told apart by its key: finished with the same key, it
 does nothing.
@@ -13,7 +14,7 @@ import logging
 import platform
 import resource
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,28 +23,63 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpgcli import __version__, artifact, kernels, rng
+from rpgcli import __version__, artifact, kernels
+from rpgcli.alignment import aligned, free
 from rpgcli.artifact import Artifact, Draft
-from rpgcli.collection import bring_in, collect
-from rpgcli.errors import ArtifactError, GateError, LayoutError, UsageError
-from rpgcli.evaluation.groups import Group, verdict
-from rpgcli.generation import GenerateConfig, Generator, Sampling, expand
+from rpgcli.autoencoder import NoisyAutoencoder, Pca
+from rpgcli.collection import bring_in, collect, subset
+from rpgcli.conditions import Asked, make_condition
+from rpgcli.errors import ArtifactError, GateError, LayoutError
+from rpgcli.evaluation.reconstruction import judge_autoencoder, warn_of_poor
+from rpgcli.evaluation.report import make_report
+from rpgcli.generation import (
+    GenerateConfig,
+    Generator,
+    MethodName,
+    Request,
+    Sampling,
+    default_request,
+    request_folder,
+)
 from rpgcli.imports import networks_in
 from rpgcli.layout import Layout, make_layout
-from rpgcli.methods import baselines
-from rpgcli.methods.rpg import RPG, RpgConfig, SelectionConfig, build, make_loss
+from rpgcli.methods.pdiff import (
+    FARTHEST,
+    RATIOS,
+    Vectors,
+    autoencoder_loss,
+    build_autoencoder,
+    build_diffusion,
+    compare_latents,
+    diffusion_loss,
+    encode,
+    features_of,
+    split_checkpoints,
+    training_of,
+)
+from rpgcli.methods.rpg import build, make_loss
+from rpgcli.models import (
+    STAGE_OF,
+    decoder,
+    just_trained,
+    read_autoencoder,
+    read_model,
+    save_target,
+    strict_check,
+    trained_model,
+)
 from rpgcli.problem import Problem, ProblemConfig
 from rpgcli.progress import OnStep, Step, silent
 from rpgcli.recipe import Recipe, section
-from rpgcli.tokens import Statistics, TokenStore, detokenize, write_store
+from rpgcli.samplers import SelectionConfig
+from rpgcli.tokens import TokenStore, write_store
 from rpgcli.training import fit
 from rpgcli.zoo import Network, Zoo
 
 logger = logging.getLogger(__name__)
 
-REPORT_SCHEMA = 1
-MEASURED_AT_ONCE = 64
-"""Small networks measured together."""
+VARYING = {"groups", "baseline_settings", "training_seconds"}
+"""What of a report holds seconds."""
 RECIPE = "recipe.json"
 """The resolved recipe of a run."""
 
@@ -128,6 +164,7 @@ def run_collect(run: Run, recipe: Recipe, *, source: Path | None = None) -> Arti
             "networks": [network.to_json() for network in networks], "classes": list(dataset.classes),
             "channels": dataset.channels, "size": list(dataset.size), "num_outputs": problem.num_outputs,
             "num_parameters": sum(v.numel() for v in problem.reference.values()),
+            "parameters": subset(problem, recipe.collect) if source is None else [],
             "num_images": {s: len(getattr(dataset, s).labels) for s in ("train", "validation", "test")},
         }  # fmt: skip
         found = draft.commit(facts, run.volatile(begun, **({} if source is None else {"from": str(source)})))
@@ -137,7 +174,7 @@ def run_collect(run: Run, recipe: Recipe, *, source: Path | None = None) -> Arti
 
 def digest_of(folder: Path) -> str:
     """One hash of all network files of a folder, so that a change of any is noticed."""
-    return artifact.digest({path.name: hash_of(path) for path in networks_in(folder)})
+    return artifact.digest({str(path.relative_to(folder)): hash_of(path) for path in networks_in(folder)})
 
 
 def hash_of(path: Path) -> str:
@@ -155,12 +192,6 @@ def hash_of(path: Path) -> str:
         ) from None
 
 
-def problem_of(zoo: Zoo) -> ProblemConfig:
-    """Data set, task and target that a zoo was collected for."""
-    made_from = zoo.artifact.section
-    return ProblemConfig.model_validate_json(json.dumps({k: made_from[k] for k in ("dataset", "task", "target")}))
-
-
 # --- tokenize ---------------------------------------------------------------------------------------------------------
 
 
@@ -173,26 +204,46 @@ def run_tokenize(run: Run, recipe: Recipe) -> Artifact:
         if draft.finished is not None:
             return draft.finished
         seen = zoo.select("seen")
-        if not seen:
-            raise ArtifactError(f"{zoo.artifact.path} holds no seen network to learn from.", "Collect some.")
+        if len(seen) < 2:
+            what = f"{zoo.artifact.path} holds {len(seen)} seen network{'s' * (not seen)}: there is nothing to learn."
+            raise ArtifactError(what, "Collect several snapshots, runs or tasks.")
         config = recipe.tokens
-        first = zoo.state(seen[0])
-        order = target_of(zoo).state_dict()
+        first, target = zoo.state(seen[0]), target_of(zoo)
+        order = target.state_dict()
         if order.keys() == first.keys():
             first = {name: first[name] for name in order}  # safetensors keeps no order, the target does.
         layout = make_layout(
-            first, token_dim=config.token_dim, granularity=config.granularity, log_variance=config.standardise != "none"
-        )
-        statistics = write_store(draft, states_of(zoo, seen, layout), len(seen), layout, config, run.on_step)
+            first, token_dim=config.token_dim, granularity=config.granularity,
+            log_variance=config.standardise != "none", shared=zoo.shared,
+        )  # fmt: skip
+        made = zoo.artifact.section
+        independent = made["collect"]["kind"] == "seeds" and "from" not in made  # Of others nobody knows.
+        symmetries = ProblemConfig.of(made).target.symmetries(target)
+        groups = config.exchanged(free(symmetries, zoo.shared), independent=independent)
+        states = aligned(states_of(zoo, seen, layout), first, groups)
+        statistics = write_store(draft, states, len(seen), layout, config, run.on_step)
         facts = {
             "num_checkpoints": len(seen), "num_tokens": layout.num_tokens, "token_dim": layout.token_dim,
+            "align": "weight-matching" if groups else "none", "num_exchangeable": sum(g.num_units for g in groups),
             "num_parameters": layout.num_parameters, "num_fixed": int((layout.mask() & ~statistics.varies).sum()),
-            "checkpoints": [{"task_bits": n.task_bits, "run": n.run, "step": n.step, "file": n.file} for n in seen],
-            "tasks": {split: tasks_of(zoo, split) for split in ("seen", "validation", "unseen")},
+            "checkpoints": [
+                {name: getattr(n, name) for name in ("file", "task_bits", "label", "run", "step", "accuracy")}
+                for n in seen
+            ],
+            "tasks": {split: zoo.tasks(split) for split in ("seen", "validation", "unseen")},
             "problem": {k: zoo.artifact.section[k] for k in ("dataset", "task", "target")},
             "network": {k: zoo.artifact.facts[k] for k in ("classes", "channels", "size", "num_outputs")},
         }  # fmt: skip
-        return draft.commit(facts, run.volatile(begun))
+        return draft.commit(facts, run.volatile(begun, **({} if run.zoo is None else {"zoo": str(run.zoo)})))
+
+
+def zoo_of(folder: Path) -> Path | None:
+    """The zoo that a run builds on, if it is known: its own, or the one elsewhere that its tokens were made from."""
+    if (folder / "zoo" / artifact.MANIFEST).is_file():
+        return folder / "zoo"
+    manifest = folder / "tokens" / artifact.MANIFEST
+    path = artifact.read_manifest(manifest).volatile.get("zoo") if manifest.is_file() else None
+    return None if path is None else Path(path)
 
 
 def states_of(zoo: Zoo, networks: Sequence[Network], layout: Layout) -> Iterator[dict[str, Tensor]]:
@@ -210,16 +261,102 @@ def states_of(zoo: Zoo, networks: Sequence[Network], layout: Layout) -> Iterator
         yield state
 
 
-def tasks_of(zoo: Zoo, split: str) -> list[str]:
-    """The different tasks of a split, in the order of its files."""
-    return list(dict.fromkeys(n.task_bits for n in zoo.select(split) if n.task_bits is not None))
-
-
 def target_of(zoo: Zoo) -> nn.Module:
     """The target network of a zoo, without memory."""
     facts = zoo.artifact.facts
     with torch.device("meta"):
-        return problem_of(zoo).target.build(facts["channels"], tuple(facts["size"]), facts["num_outputs"])
+        return ProblemConfig.of(zoo.artifact.section).target.build(
+            facts["channels"], tuple(facts["size"]), facts["num_outputs"]
+        )
+
+
+# --- train-ae ---------------------------------------------------------------------------------------------------------
+
+
+def run_train_ae(run: Run, recipe: Recipe) -> Artifact:
+    """Train p-diff's parameter autoencoder, and judge it on checkpoints that it never saw."""
+    begun = time.perf_counter()
+    tokens = artifact.read(run.at("tokens"), "tokenize")
+    config = recipe.autoencoder
+    with run.draft("autoencoder", "train-ae", section(recipe, "autoencoder"), {"tokens": tokens}) as draft:
+        run.remember(recipe)
+        if draft.finished is not None:
+            return draft.finished
+        store = TokenStore(tokens)
+        vectors = Vectors(store)
+        known, held = split_checkpoints(store, config)
+        model = build_autoencoder(config, vectors.num_parameters).to(run.device)
+        if isinstance(model, NoisyAutoencoder):
+            loss = autoencoder_loss(model, config, vectors, known, run.device)
+            model = fit(model, loss, config.training, draft, dtype=run.dtype, on_step=run.on_step)
+        else:
+            assert isinstance(model, Pca), "whatever is not trained is computed"
+            model.fit(vectors.rows(known).to(run.device))
+        trained = time.perf_counter()
+        draft.save_tensors("model.safetensors", model.state_dict())
+        problem = run.open(ProblemConfig.of(tokens.facts["problem"]))
+        facts = {
+            "kind": config.network.kind, "latent_dim": config.network.latent_dim,
+            "num_parameters": vectors.num_parameters, "num_known": len(known), "num_held_out": len(held),
+            "num_weights": sum(v.numel() for v in model.state_dict().values()),
+            "reconstruction": judge_autoencoder(problem, model, vectors, known, held),
+        }  # fmt: skip
+        warn_of_poor(facts["reconstruction"])
+        return draft.commit(facts, run.volatile(begun, training_seconds=round(trained - begun, 3)))
+
+
+# --- train-diffusion --------------------------------------------------------------------------------------------------
+
+
+def run_train_diffusion(run: Run, recipe: Recipe, *, allow_bad: bool = False) -> Artifact:
+    """Train the diffusion on the autoencoder's latents, and look whether its samples are like them.
+
+    Raises:
+        GateError: If they are not, and `allow_bad` does not ask for it anyway; nothing is committed then.
+    """
+    begun = time.perf_counter()
+    tokens = artifact.read(run.at("tokens"), "tokenize")
+    encoder = artifact.read(run.at("autoencoder"), "train-ae")
+    check_lineage(encoder, "tokens", tokens)
+    config = recipe.diffusion
+    inputs = {"tokens": tokens, "autoencoder": encoder}
+    with run.draft("diffusion", "train-diffusion", section(recipe, "diffusion"), inputs) as draft:
+        run.remember(recipe)
+        if draft.finished is not None:
+            return draft.finished
+        store = TokenStore(tokens)
+        condition = make_condition(config.condition, config.levels, store.checkpoints, section="diffusion")
+        features = features_of(store, condition)
+        autoencoder = read_autoencoder(encoder, run.device)
+        latents = encode(autoencoder, Vectors(store), run.device)  # (K, Z)
+        model = build_diffusion(config, latents, condition).to(run.device)
+        loss = diffusion_loss(model, config, latents, features, run.device)
+        model = fit(model, loss, config.training, draft, dtype=run.dtype, on_step=run.on_step).eval()
+        trained = time.perf_counter()
+        trainings = [training_of(checkpoint) for checkpoint in store.checkpoints]
+        comparison = compare_latents(model, latents, features, trainings, config.seed)
+        if not comparison["learned"] and not allow_bad:
+            raise GateError(
+                "the diffusion has not learned: its samples are not like the training latents.",
+                f"They deviate {comparison['deviation_ratio']:.2f} times as much (expected {RATIOS[0]} to {RATIOS[1]})",
+                f"and lie {comparison['nearest_distance']:.2f} times as far as those lie apart (at most {FARTHEST:g}).",
+                "Train longer (diffusion.training.num_steps); to keep it as it is, add --allow-bad --resume.",
+            )
+        draft.save_tensors("model.safetensors", model.state_dict())
+        draft.save_tensors("autoencoder.safetensors", autoencoder.state_dict())
+        save_target(draft, store)
+        parts = just_trained(
+            "pdiff", model, condition, 1, store, mask=model.mask, decode=decoder(autoencoder, model, store.layout)
+        )
+        facts = {
+            **carried(tokens), "condition": condition and condition.to_json(), "num_states": 1,
+            "num_weights": sum(p.numel() for p in model.parameters()), "latents": comparison,
+            "autoencoder": encoder.section | encoder.facts,
+            "selection": select(run, Generator(parts), tokens, config.selection),
+        }  # fmt: skip
+        before = encoder.manifest.volatile.get("training_seconds", 0.0)
+        seconds = round(trained - begun + before, 3)
+        return draft.commit(facts, run.volatile(begun, training_seconds=seconds))
 
 
 # --- train-rpg --------------------------------------------------------------------------------------------------------
@@ -235,39 +372,28 @@ def run_train_rpg(run: Run, recipe: Recipe) -> Artifact:
         if draft.finished is not None:
             return draft.finished
         store = TokenStore(tokens)
-        model = build(config, store, num_bits(config, store)).to(run.device)
+        condition = make_condition(config.condition, config.levels, store.checkpoints, section="rpg")
+        model = build(config, store, condition).to(run.device)
         backend = kernels.resolve_backend(getattr(config.core, "backend", "torch"), run.device)
         logger.info("the core %s runs on %s with the %s backend", config.core.kind, run.device, backend)
-        loss = make_loss(model, config, store, run.device)
+        loss = make_loss(model, config, store, condition, run.device)
         model = fit(model, loss, config.training, draft, dtype=run.dtype, on_step=run.on_step)
         trained = time.perf_counter()
         draft.save_tensors("model.safetensors", model.state_dict())
-        draft.save_tensors("statistics.safetensors", store.statistics.tensors())
-        draft.save_tensors("constants.safetensors", store.constants(0))
-        draft.save_json("layout.json", store.layout.to_json())
+        save_target(draft, store)
         num_states = model.state.num_embeddings if model.state is not None else 1
-        generator = Generator(model, store.layout, store.statistics, store.constants(0), num_states)
+        generator = Generator(just_trained("rpg", model, condition, num_states, store))
         facts = {
-            **{k: v for k, v in tokens.facts.items() if k not in {"checkpoints", "num_checkpoints", "num_fixed"}},
-            "num_states": num_states, "num_bits": model.condition.num_bits if model.condition is not None else 0,
+            **carried(tokens), "condition": condition and condition.to_json(), "num_states": num_states,
             "num_weights": sum(p.numel() for p in model.parameters()),
-            "selection": select(run, generator, tokens, config.selection) if model.condition is not None else None,
+            "selection": select(run, generator, tokens, config.selection),
         }  # fmt: skip
         return draft.commit(facts, run.volatile(begun, training_seconds=round(trained - begun, 3), backend=backend))
 
 
-def num_bits(config: RpgConfig, store: TokenStore) -> int:
-    """Length of the task bits that enter the model, 0 for none.
-
-    Raises:
-        UsageError: If task bits are asked for and the zoo has none.
-    """
-    bits = store.checkpoints[0]["task_bits"]
-    if config.condition == "task-bits" and bits is None:
-        raise UsageError(
-            "rpg.condition is task-bits, but the networks of this zoo have no task.", "Set it to none or auto."
-        )
-    return len(str(bits)) if bits is not None and config.condition != "none" else 0
+def carried(tokens: Artifact) -> dict[str, Any]:
+    """Facts of the tokens that generating and judging need too."""
+    return {k: v for k, v in tokens.facts.items() if k not in {"checkpoints", "num_checkpoints", "num_fixed"}}
 
 
 def select(run: Run, generator: Generator, tokens: Artifact, config: SelectionConfig) -> dict[str, Any] | None:
@@ -276,15 +402,17 @@ def select(run: Run, generator: Generator, tokens: Artifact, config: SelectionCo
     Returns:
         The choice and all that was tried; None without validation tasks.
     """
+    condition = generator.model.condition
     tasks = tokens.facts["tasks"]["validation"][: config.num_tasks]
-    if not tasks:
+    if condition is None or condition.kind != "task-bits" or not tasks:
         return None
-    problem = run.open(ProblemConfig.model_validate_json(json.dumps(tokens.facts["problem"])))
+    problem = run.open(ProblemConfig.of(tokens.facts["problem"]))
     tried: list[dict[str, Any]] = []
     grid = [(s, n, t) for s in config.samplers for n in config.num_steps for t in config.temperatures]
+    asked = [Asked("validation", bits) for bits in tasks]
     for i, (sampler, num_steps, temperature) in enumerate(grid):
         sampling = Sampling(sampler=sampler, num_steps=num_steps, temperature=temperature)
-        states = [generator.network(x) for x in generator.batch(tasks, sampling, seed=0)]
+        states = [generator.network(x) for x in generator.batch(asked, sampling, seed=0)]
         accuracy = float(problem.accuracy(states, tasks, "validation").mean())
         tried.append({"sampling": sampling.model_dump(mode="json"), "accuracy": accuracy})
         run.on_step(Step(i + 1, len(grid), {"validation": accuracy}, "choose sampling", "setting"))
@@ -292,34 +420,6 @@ def select(run: Run, generator: Generator, tokens: Artifact, config: SelectionCo
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Request:
-    """What networks are asked for."""
-
-    name: str
-    tasks: Sequence[tuple[str, str | None]]
-    """(split, task bits) of each task; the split is `all` where the zoo has no tasks."""
-    count: int
-    """Networks for each task."""
-
-
-def default_request(trained: Artifact, config: GenerateConfig) -> Request:
-    """All validation and unseen tasks and a sample of the seen; one entry without tasks for an unconditional model."""
-    if not trained.facts["num_bits"]:
-        return Request("all", [("all", None)], config.num_networks(conditional=False))
-    tasks = trained.facts["tasks"]
-    chosen = [("seen", bits) for bits in tasks["seen"][: config.num_seen]]
-    chosen += [(split, bits) for split in ("validation", "unseen") for bits in tasks[split]]
-    return Request("tasks", chosen, config.num_networks(conditional=True))
-
-
-def request_of(trained: Artifact, config: GenerateConfig, task_bits: Sequence[str], name: str) -> Request:
-    """A request for given tasks; one that is not in the zoo is unseen."""
-    sides = {bits: split for split, side in trained.facts["tasks"].items() for bits in side}
-    tasks = [(sides.get(bits, "unseen"), bits) for bits in task_bits]
-    return Request(name, tasks, config.num_networks(conditional=True))
 
 
 def sampling_of(trained: Artifact, config: GenerateConfig) -> Sampling:
@@ -330,88 +430,50 @@ def sampling_of(trained: Artifact, config: GenerateConfig) -> Sampling:
     return Sampling.model_validate_json(json.dumps(chosen)).model_copy(update=given)
 
 
-def read_generator(run: Run, trained: Artifact) -> Generator:
-    """Load a trained model; everything it needs lies in its own folder."""
-    facts = trained.facts
-    config = RpgConfig.model_validate_json(json.dumps(trained.section["rpg"]))
-    layout = Layout.from_json(trained.json("layout.json"))
-    with rng.initialising(config.seed):
-        model = RPG(
-            config, *layout.indices(), token_dim=layout.token_dim,
-            num_bits=facts["num_bits"], num_states=facts["num_states"],
-        )  # fmt: skip
-    model.load_state_dict(trained.tensors("model.safetensors"), strict=True, assign=True)
-    statistics = Statistics(**trained.tensors("statistics.safetensors"))
-    constants = trained.tensors("constants.safetensors")
-    return Generator(model.to(run.device).eval(), layout, statistics, constants, facts["num_states"])
-
-
-def request_folder(request: Request, config: GenerateConfig) -> str:
-    """`<bits, or tasks>-s<seed>-n<count>[-<hash of the other settings that were given>]`."""
-    rest = config.model_dump(mode="json", exclude={"seed", "count"}, exclude_defaults=True)
-    suffix = f"-{artifact.digest(rest)[:8]}" if rest else ""
-    return f"{request.name}-s{config.seed}-n{request.count}{suffix}"
-
-
-def generated_folder(folder: Path, name: str | None, recipe: Recipe) -> Path:
-    """The folder of a request by its name (or path); by default what `rpg generate` writes without a task."""
+def generated_folder(folder: Path, name: str | None, recipe: Recipe, method: MethodName | None) -> Path:
+    """The folder of a request by its name (or path); by default what `rpg generate` writes when nothing is asked."""
     if name is not None:
         return Path(name) if "/" in name else folder / "generated" / name
-    trained = artifact.read(folder / "rpg", "train-rpg")
-    return folder / "generated" / request_folder(default_request(trained, recipe.generate), recipe.generate)
+    chosen, trained = trained_model(folder, method or recipe.generate.method)
+    request = default_request(trained, recipe.generate)
+    return folder / "generated" / request_folder(request, recipe.generate, chosen)
 
 
-def run_generate(run: Run, request: Request, config: GenerateConfig, trained: Artifact) -> Artifact:
+def run_generate(run: Run, request: Request, config: GenerateConfig, method: MethodName, trained: Artifact) -> Artifact:
     """Write whole, checked networks for a request."""
     begun = time.perf_counter()
     sampling = sampling_of(trained, config)
     made_from = {
-        "generate": config.model_dump(mode="json") | {"count": request.count},
-        "request": request.name, "tasks": [list(t) for t in request.tasks],
+        "generate": config.model_dump(mode="json") | {"count": request.count, "method": method},
+        "request": request.name, "asked": [vars(one) for one in request.asked],
     }  # fmt: skip
-    folder = "generated/" + request_folder(request, config)
-    with run.draft(folder, "generate", made_from, {"rpg": trained}) as draft:
+    folder = "generated/" + request_folder(request, config, method)
+    with run.draft(folder, "generate", made_from, {STAGE_OF[method][0]: trained}) as draft:
         if draft.finished is not None:
             return draft.finished
-        generator = read_generator(run, trained)
+        generator = Generator(read_model(method, trained, run.device))
         check = strict_check(trained)
-        samples = list(expand(request.tasks, request.count))
+        samples = list(request.samples())
         networks, seconds = [], []
         for i, sample in enumerate(samples):
-            started = time.perf_counter()
+            started, asked = time.perf_counter(), sample.asked
             tokens, chosen = generator.tokens(sample, sampling, seed=config.seed, state=config.state)
             state = generator.network(tokens)
             check(state)
-            name = f"{sample.task_bits or 'network'}-{sample.index:04d}.safetensors"
-            draft.save_tensors(name, state)
-            networks.append(Network(name, sample.split, sample.task_bits, run=chosen, sample=sample.index).to_json())
+            network = Network(
+                f"{asked.words or 'network'}-{sample.index:04d}.safetensors", asked.split, asked.task_bits,
+                run=chosen, sample=sample.index, label=asked.label, asked_accuracy=asked.accuracy,
+            )  # fmt: skip
+            draft.save_tensors(network.file, state)
+            networks.append(network.to_json())
             seconds.append(round(time.perf_counter() - started, 4))
             run.on_step(Step(i + 1, len(samples), unit="network"))
         facts = {
-            "networks": networks, "method": "rpg", "seed": config.seed, "classes": trained.facts["network"]["classes"],
-            "sampling": sampling.model_dump(mode="json"),
+            "networks": networks, "method": method, "seed": config.seed, "classes": trained.facts["network"]["classes"],
+            "sampling": sampling.model_dump(mode="json"), "condition": trained.facts["condition"],
         }  # fmt: skip
         training = trained.manifest.volatile.get("training_seconds")
         return draft.commit(facts, run.volatile(begun, seconds_per_network=seconds, training_seconds=training))
-
-
-def strict_check(trained: Artifact) -> "StrictCheck":
-    """A check that the target takes a state dict as it is."""
-    facts = trained.facts["network"]
-    config = ProblemConfig.model_validate_json(json.dumps(trained.facts["problem"]))
-    with torch.device("meta"):
-        return StrictCheck(config.target.build(facts["channels"], tuple(facts["size"]), facts["num_outputs"]))
-
-
-@dataclass(frozen=True)
-class StrictCheck:
-    """Loads state dicts into the target with `strict=True`."""
-
-    target: nn.Module
-
-    def __call__(self, state: Mapping[str, Tensor]) -> None:
-        """Raise a RuntimeError unless names, shapes and order of `state` are the target's."""
-        self.target.load_state_dict(dict(state), strict=True, assign=True)
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
@@ -424,15 +486,23 @@ def run_evaluate(run: Run, recipe: Recipe, generated_at: Path) -> Artifact:
     tokens = artifact.read(run.at("tokens"), "tokenize")
     generated = Zoo.read(generated_at, "generate")
     check_lineage(tokens, "zoo", zoo.artifact)
-    if generated_at.parent == run.folder / "generated":
-        check_lineage(generated.artifact, "rpg", artifact.read(run.at("rpg"), "train-rpg"))
     inputs = {"zoo": zoo.artifact, "tokens": tokens, "generated": generated.artifact}
+    if generated_at.parent == run.folder / "generated":
+        folder, stage = STAGE_OF[generated.artifact.facts["method"]]
+        check_lineage(generated.artifact, folder, artifact.read(run.at(folder), stage))
+        if folder == "diffusion":
+            inputs["autoencoder"] = artifact.read(run.at("autoencoder"), "train-ae")
+            check_lineage(inputs["autoencoder"], "tokens", tokens)
     with run.draft("report", "evaluate", section(recipe, "evaluate"), inputs) as draft:
         if draft.finished is not None:
             return draft.finished
-        report = make_report(run, recipe, zoo, TokenStore(tokens), generated)
+        problem = run.open(ProblemConfig.of(zoo.artifact.section))
+        autoencoder = read_autoencoder(inputs["autoencoder"], run.device) if "autoencoder" in inputs else None
+        report = make_report(
+            problem, recipe.evaluate, zoo, TokenStore(tokens), generated, run.on_step, autoencoder=autoencoder
+        )
         draft.save_json("report.json", report, varies=True)
-        facts = {k: v for k, v in report.items() if k not in {"groups", "baseline_settings", "training_seconds"}}
+        facts = {k: v for k, v in report.items() if k not in VARYING}
         return draft.commit(facts, run.volatile(begun))
 
 
@@ -443,123 +513,3 @@ def check_lineage(found: Artifact, name: str, source: Artifact) -> None:
             f"{found.path} was not made from {source.path} as it is now.",
             f"Make it anew with `rpg {found.manifest.stage} --force`, then what follows from it.",
         )
-
-
-def check_gate(report: Mapping[str, Any], min_accuracy: float, path: Path) -> None:
-    """Raise a GateError if generated networks of unseen tasks (of all, without tasks) stay below `min_accuracy`."""
-    judged = [g for g in report["groups"] if g["kind"] == "generated" and g["split"] in {"unseen", "all"}]
-    reached = [g["accuracy"]["mean"] for g in judged if g["accuracy"]]
-    if not reached:
-        raise GateError("no network was generated for an unseen task, so --min-accuracy is not met.")
-    if not min(reached) >= min_accuracy:
-        raise GateError(
-            f"generated networks reach {min(reached):.4f}, below --min-accuracy {min_accuracy}.",
-            f"The report is in {path}.",
-        )
-
-
-def make_report(run: Run, recipe: Recipe, zoo: Zoo, store: TokenStore, generated: Zoo) -> dict[str, Any]:
-    """Groups, comparisons and verdict; `report.json`."""
-    problem = run.open(problem_of(zoo))
-    facts, volatile = generated.artifact.facts, generated.artifact.manifest.volatile
-    if problem.has_bits and any(network.task_bits is None for network in generated.networks):
-        raise ArtifactError(
-            f"{generated.artifact.path} was generated without a task: nothing says what its networks should answer.",
-            "Train with rpg.condition: auto, so that networks can be asked for a task.",
-        )
-    trained = [trained_group(problem, zoo, split) for split in ("seen", "unseen")]
-    made = [
-        generated_group(run, problem, generated, split, volatile.get("seconds_per_network", []))
-        for split in ("seen", "validation", "unseen", "all")
-    ]
-    judged = next(g for split in ("unseen", "all", "validation", "seen") for g in made if g.split == split and g.tasks)
-    baselines, settings = (
-        task_baselines(run, recipe, problem, zoo, store, judged)
-        if problem.has_bits
-        else (average_network(problem, store), {})
-    )
-    peers = trained_group(problem, zoo, "seen" if judged.split == "all" else judged.split, only=judged.by_task())
-    sentence, beats, comparisons = verdict(judged, peers, baselines)
-    always = {"seen", "unseen"} if problem.has_bits else {"seen", "all"}
-    groups = [g for g in [*trained, *made, *baselines] if g.accuracies or g.split in always]
-    return {
-        "schema": REPORT_SCHEMA, "verdict": sentence, "beats_baselines": beats,
-        "groups": [group.to_json() for group in groups],
-        "comparisons": [comparison.to_json() for comparison in comparisons],
-        "baseline_settings": settings,
-        "sampling": facts["sampling"], "seed": facts["seed"],
-        "request": generated.artifact.section["request"], "num_test_images": len(problem.dataset.test.labels),
-        "per_task": {f"{g.name} {g.split}": g.by_task() for g in groups if g.by_task()},
-        "training_seconds": volatile.get("training_seconds"),
-    }  # fmt: skip
-
-
-def trained_group(problem: Problem, zoo: Zoo, split: str, *, only: Collection[str] = ()) -> Group:
-    """Trained networks of a split (of some tasks): the last snapshot of each, as measured when they were collected."""
-    networks = [n for n in zoo.select(split, last=problem.has_bits) if not only or n.task_bits in only]
-    accuracies = [n.accuracy["test"] for n in networks if n.accuracy is not None]
-    seconds = zoo.artifact.manifest.volatile.get("seconds", 0.0) / sum(n.last for n in zoo.networks)
-    return Group("trained", "trained", split, accuracies, [n.task_bits for n in networks], seconds)
-
-
-def generated_group(run: Run, problem: Problem, generated: Zoo, split: str, seconds: Sequence[float]) -> Group:
-    """Generated networks of a split, measured now, some at a time."""
-    networks = generated.select(split)
-    bits = [n.task_bits for n in networks]
-    size = MEASURED_AT_ONCE if problem.config.target.batched else 1
-    accuracies: list[float] = []
-    for i in range(0, len(networks), size):
-        states = [generated.state(n) for n in networks[i : i + size]]
-        accuracies += problem.accuracy(states, bits[i : i + size], "test").tolist()
-        run.on_step(Step(len(accuracies), len(networks), phase=f"measure {split}", unit="network"))
-    each = sum(seconds) / len(seconds) if seconds else None
-    return Group(generated.artifact.facts["method"], "generated", split, accuracies, bits, each)
-
-
-def task_baselines(
-    run: Run, recipe: Recipe, problem: Problem, zoo: Zoo, store: TokenStore, judged: Group
-) -> tuple[list[Group], dict[str, Any]]:
-    """Trivial generators, settings chosen on validation tasks and images, measured on the judged tasks' test images."""
-    tasks = {split: tasks_of(zoo, split) for split in ("seen", "validation", "unseen")}
-    rows: dict[str, list[Tensor]] = {task: [] for task in tasks["seen"]}
-    for i, checkpoint in enumerate(store.checkpoints):
-        rows[str(checkpoint["task_bits"])].append(store.layout.ungrid(store.network(i)))
-    known = baselines.Known(tasks["seen"], torch.stack([torch.stack(row) for row in rows.values()]))  # (N, S, P)
-
-    def networks(predict: baselines.Predict, bits: Sequence[str]) -> list[dict[str, Tensor]]:
-        tokens = store.layout.grid(predict(bits))  # (n, L, D)
-        return [detokenize(x, store.layout, store.statistics, store.constants(0)) for x in tokens]
-
-    def score(predict: baselines.Predict) -> float:
-        bits = tasks["validation"]
-        return float(problem.accuracy(networks(predict, bits), bits, "validation").mean()) if bits else 0.0
-
-    fitted = baselines.fit_all(known, score, recipe.evaluate.mlp, recipe.evaluate.seed, run.on_step)
-    asked, split = list(judged.by_task()), judged.split
-    groups = [Group("majority", "baseline", split, majority(problem, asked), asked, 0.0)]
-    settings: dict[str, Any] = {}
-    for baseline in fitted:
-        begun = time.perf_counter()
-        states = networks(baseline.predict, asked)
-        seconds = (time.perf_counter() - begun) / len(asked)
-        accuracies = problem.accuracy(states, asked, "test").tolist()
-        groups.append(Group(baseline.name, "baseline", split, accuracies, asked, seconds))
-        settings[baseline.name] = {
-            "chosen": baseline.settings, "validation": baseline.validation, "seconds": round(baseline.seconds, 3),
-        }  # fmt: skip
-    return groups, settings
-
-
-def majority(problem: Problem, tasks: Sequence[str]) -> list[float]:
-    """Accuracy of always giving the answer that is more frequent among the training images."""
-    often = problem.labels("train", tasks).double().mean(1).round().long()  # (n,)
-    return (problem.labels("test", tasks) == often[:, None]).double().mean(1).tolist()
-
-
-def average_network(problem: Problem, store: TokenStore) -> list[Group]:
-    """The mean of all checkpoints, for zoos without tasks."""
-    mean = torch.zeros(store.layout.num_tokens, store.layout.token_dim)
-    for i in range(len(store)):
-        mean += store.network(i) / len(store)
-    state = detokenize(mean, store.layout, store.statistics, store.constants(0))
-    return [Group("average", "baseline", "all", problem.accuracy([state], [None], "test").tolist(), [None], 0.0)]

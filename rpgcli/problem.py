@@ -4,10 +4,11 @@ Shapes: N networks, B images, C channels, H x W pixels, O outputs.
 """
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -43,6 +44,11 @@ class ProblemConfig(Config):
     """What is asked of a network on them."""
     target: TargetConfig = Field(default_factory=CnnConfig)
     """The network."""
+
+    @classmethod
+    def of(cls, section: Mapping[str, Any]) -> "ProblemConfig":
+        """The problem of a zoo, from what the zoo was made from."""
+        return cls.model_validate_json(json.dumps({name: section[name] for name in ("dataset", "task", "target")}))
 
     def open(self, *, data_root: Path | None, download: bool, device: torch.device) -> "Problem":
         """Load the data set."""

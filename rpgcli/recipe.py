@@ -20,6 +20,7 @@ from rpgcli.collection import CollectConfig, TasksConfig
 from rpgcli.errors import ArtifactError, UsageError, nearest
 from rpgcli.evaluation import EvaluateConfig
 from rpgcli.generation import GenerateConfig
+from rpgcli.methods.pdiff import AutoencoderStageConfig, LatentDiffusionConfig
 from rpgcli.methods.rpg import RpgConfig
 from rpgcli.problem import ProblemConfig
 from rpgcli.targets import TargetConfig
@@ -43,6 +44,10 @@ class Recipe(ProblemConfig):
     """The zoo."""
     tokens: TokensConfig = TokensConfig()
     """How checkpoints become tokens."""
+    autoencoder: AutoencoderStageConfig = AutoencoderStageConfig()
+    """p-diff's parameter autoencoder."""
+    diffusion: LatentDiffusionConfig = LatentDiffusionConfig()
+    """p-diff's diffusion on latents."""
     rpg: RpgConfig = RpgConfig()
     """The recurrent diffusion model."""
     generate: GenerateConfig = GenerateConfig()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from rpgcli.config import Config
@@ -162,3 +162,16 @@ def ddim_step(now: Estimate, alpha_bar: float, eta: float, noise: Noise | None) 
 def half_log_snr(alpha_bar: float) -> float:
     """The solver's time: lambda = log(signal rate / noise rate)."""
     return math.log(alpha_bar / (1 - alpha_bar)) / 2
+
+
+class SelectionConfig(Config):
+    """What is tried on validation tasks to choose how the trained model is sampled."""
+
+    num_tasks: PositiveInt = 102
+    """Validation tasks looked at, at most."""
+    samplers: tuple[SamplerConfig, ...] = (DdimConfig(),)
+    """Samplers tried."""
+    num_steps: tuple[PositiveInt, ...] = (2, 5, 10)
+    """Numbers of steps tried."""
+    temperatures: tuple[NonNegativeFloat, ...] = (0.0, 0.5, 1.0)
+    """Scales of the starting noise tried; 0 starts at the centre."""

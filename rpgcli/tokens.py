@@ -9,7 +9,7 @@ Tokens are stored before standardisation, which is applied when they are loaded:
 Letters: N checkpoints, L = num_tokens, D = token_dim, P generated parameters.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,16 +17,21 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from rpgcli.alignment import Group
 from rpgcli.artifact import Artifact, Draft
 from rpgcli.config import Config
-from rpgcli.errors import ArtifactError
-from rpgcli.layout import Granularity, Layout
+from rpgcli.errors import ArtifactError, LayoutError, RecipeError
+from rpgcli.layout import Granularity, Layout, check_finite
 from rpgcli.progress import OnStep, Step
 
 FLOOR = 1e-3
 """Smallest deviation of a coordinate, as a fraction of its tensor's pooled deviation."""
 ABSOLUTE_FLOOR = 1e-6
 """Smallest deviation where a whole tensor never varies."""
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+"""Smallest deviation of all: float32 would make 0 of a smaller one."""
+SHARED = "shared.safetensors"
+"""The tensors that are the same in all networks, once."""
 SHARD_BYTES = 256 * 2**20
 """A shard of the token store holds as many whole checkpoints as fit here (at least one)."""
 VARIANCE_SHARE, VARIANCE_SHIFT, VARIANCE_MIN = 0.95, 0.05, 1e-3
@@ -42,6 +47,29 @@ class TokensConfig(Config):
     """`layer`: each tensor starts a new token; `channel`: whole output channels; `flat`: everything end to end."""
     standardise: Literal["parameter", "layer", "none"] = "parameter"
     """Mean and deviation of each coordinate, of each tensor (the paper's), or the raw values."""
+    align: Literal["auto", "none", "weight-matching"] = "auto"
+    """`weight-matching` brings the hidden units of all checkpoints into the order and scale of the first one's; `auto`
+    does so for a zoo of independent starts (`seeds`)."""
+
+    def exchanged(self, groups: Sequence[Group], *, independent: bool) -> tuple[Group, ...]:
+        """The symmetries that are removed before networks become tokens: all of `groups`, or none.
+
+        Args:
+            groups: Units that can be exchanged without touching what all networks share.
+            independent: Whether every training had a start of its own.
+
+        Raises:
+            RecipeError: If `align` asks for weight matching and there is nothing to match.
+        """
+        if self.align == "none" or (self.align == "auto" and not independent):
+            return ()
+        if self.align == "weight-matching" and not groups:
+            raise RecipeError(
+                "tokens.align is weight-matching, but no hidden units of these networks are known to be exchangeable.",
+                "Known are those of mlp3, cnn, convnet3 and timm's plain ResNets and vision transformers,",
+                "where everything that enters or leaves a unit is generated. Set tokens.align: none.",
+            )
+        return tuple(groups)
 
 
 @dataclass(frozen=True)
@@ -104,7 +132,7 @@ def make_statistics(moments: Moments, layout: Layout, standardise: str, referenc
     for m, v in zip(mean.split(sizes), variance.split(sizes)):
         off = m - m[0]  # Keeps digits, and is exactly zero where all elements are equal.
         deviation = (v + (off - off.mean()).square()).mean().sqrt()  # Over the tensor's elements and all checkpoints.
-        floor = FLOOR * deviation if deviation > 0 else torch.tensor(ABSOLUTE_FLOOR, dtype=torch.float64)
+        floor = max(FLOOR * float(deviation), SMALLEST_SCALE) if deviation > 0 else ABSOLUTE_FLOOR
         if standardise == "layer":
             means.append(torch.where(v > 0, m.mean(), m))
             scales.append(deviation.clamp(min=ABSOLUTE_FLOOR).expand_as(m))
@@ -184,17 +212,28 @@ def write_store(
     """Stream checkpoints into token shards and statistics; memory does not grow with their number.
 
     Raises:
-        LayoutError: If a checkpoint does not fit the layout.
+        LayoutError: If a checkpoint does not fit the layout, or a shared tensor is not the same in all.
         ArtifactError: If all are the same.
     """
     moments, references = Moments(), torch.zeros(0)
     per_shard = max(1, SHARD_BYTES // (4 * layout.num_tokens * layout.token_dim))
     shard: list[Tensor] = []
     constants: list[dict[str, Tensor]] = []
+    shared: dict[str, Tensor] = {}
     for i, state in enumerate(states):
         layout.check(state)
         if i == 0:
             references = variance_references(state, layout)
+            shared = {spec.name: state[spec.name] for spec in layout.shared}
+            for name, value in shared.items():
+                check_finite(name, value)
+            if shared:
+                draft.save_tensors(SHARED, shared)
+        for name, value in shared.items():
+            if state[name] is not value and not torch.equal(state[name], value):
+                raise LayoutError(
+                    f"{name} is frozen but not the same in all networks.", "Collect them from one base network."
+                )
         flat = transform(layout.flatten(state), layout, references)
         moments.update(flat)
         shard.append(layout.grid(flat))
@@ -226,6 +265,7 @@ class TokenStore:
         self.statistics = Statistics(**artifact.tensors("statistics.safetensors"))
         names = sorted(name for name in artifact.manifest.files if name.startswith("tokens-"))
         self.shards = [artifact.tensors(name) for name in names]
+        self.shared = artifact.tensors(SHARED) if SHARED in artifact.manifest.files else {}
         self.per_shard = len(self.shards[0]["tokens"])
         self.checkpoints: list[dict[str, object]] = artifact.facts["checkpoints"]
         """For each checkpoint in the store its facts: task bits, run, step."""
@@ -247,9 +287,21 @@ class TokenStore:
         return self.statistics.standardise(self.shards[i // self.per_shard]["tokens"][i % self.per_shard])
 
     def constants(self, i: int) -> dict[str, Tensor]:
-        """The tensors of checkpoint i that are carried as they are."""
+        """The tensors of checkpoint i that are not generated: its own constants, and those that all networks share."""
         shard = self.shards[i // self.per_shard]
-        return {spec.name: shard[f"constant.{spec.name}"][i % self.per_shard] for spec in self.layout.constants}
+        return dict(self.shared) | {
+            spec.name: shard[f"constant.{spec.name}"][i % self.per_shard] for spec in self.layout.constants
+        }
+
+    def rebuilt(self, x: Tensor, i: int = 0) -> dict[str, Tensor]:
+        """The network with standardised parameters `x`, (P,), and the constants of checkpoint i."""
+        return detokenize(self.layout.grid(x), self.layout, self.statistics, self.constants(i))
+
+    def varying(self, x: Tensor) -> dict[str, Tensor]:
+        """The generated tensors alone of the network with standardised parameters `x`, (P,)."""
+        tokens = self.statistics.restore(self.layout.grid(x))
+        flat = transform(self.layout.ungrid(tokens), self.layout, self.statistics.references, inverse=True)
+        return self.layout.pieces(flat)
 
     def state(self, i: int) -> dict[str, Tensor]:
         """Checkpoint i, detokenized."""

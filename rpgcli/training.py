@@ -7,7 +7,7 @@ checkpoint outlives training, so that a stage that is stopped later on does not 
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -90,14 +90,17 @@ class Trainer:
         """The weights to keep: the average, or the last ones without EMA."""
         return self.model if self.average is None else self.average.module
 
-    def advance(self, loss: Tensor) -> None:
-        """One optimizer step on `loss`."""
-        self.window += loss.detach()
-        self.num_finite += loss.detach().isfinite() & (self.num_finite == self.step)
+    def advance(self, loss: Tensor | Iterator[Tensor]) -> None:
+        """One optimizer step on `loss`, or on the sum of its parts, where the graph of one is gone before the next."""
+        total = torch.zeros_like(self.window)
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in [loss] if isinstance(loss, Tensor) else loss:
+            part.backward()
+            total += part.detach()
+        self.window += total
+        self.num_finite += total.isfinite() & (self.num_finite == self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         if self.config.gradient_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
         self.optimizer.step()
@@ -147,7 +150,7 @@ class Trainer:
 
 def fit(
     model: Model,
-    loss: Callable[[int], Tensor],
+    loss: Callable[[int], Tensor | Iterator[Tensor]],
     config: TrainingConfig,
     draft: Draft,
     *,
@@ -158,7 +161,8 @@ def fit(
 
     Args:
         model: On its device, initialised.
-        loss: Step number -> scalar loss of `model`; draws only from streams named by that number.
+        loss: Step number -> scalar loss of `model`; draws only from streams named by that number. Or an iterator over
+            the losses of micro-batches that sum to it: the memory of one at a time.
         config: Length, rates, average.
         draft: Where checkpoints and `metrics.jsonl` go; committing it drops the last checkpoint.
         dtype: Of the forward pass; float32, or bfloat16 / float16 under autocast.
@@ -184,6 +188,19 @@ def fit(
     device = next(model.parameters()).device
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
+    def parts(step: int) -> Iterator[Tensor]:
+        with autocast:
+            value = loss(step)
+        if isinstance(value, Tensor):
+            yield value
+            return
+        while True:
+            with autocast:  # Not around the whole loop: the backward pass between two parts runs without it.
+                part = next(value, None)
+            if part is None:
+                return
+            yield part
+
     def save() -> None:
         trainer.check_finite()
         write_bytes(metrics, "".join(line + "\n" for line in lines).encode())
@@ -196,9 +213,7 @@ def fit(
     facts: dict[str, float] = {}
     try:
         while trainer.step < config.num_steps:
-            with autocast:
-                value = loss(trainer.step)
-            trainer.advance(value)
+            trainer.advance(parts(trainer.step))
             if trainer.step % config.log_every == 0 or trainer.step == config.num_steps:
                 trainer.check_finite()
                 facts = {"loss": float(trainer.window) / ((trainer.step - 1) % config.log_every + 1)}

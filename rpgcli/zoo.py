@@ -3,6 +3,7 @@
 Networks that share frozen tensors keep these once, in `shared.safetensors`.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ class Network:
     """Fraction of right answers on the validation and test images."""
     sample: int = 0
     """Number of a generated network among those of its request and task."""
+    asked_accuracy: float | None = None
+    """The accuracy that a generated network was asked for."""
+    label: str | None = None
+    """A free name: the sub-folder that a network from elsewhere came from."""
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
@@ -51,7 +56,8 @@ class Zoo:
             raise ArtifactError(f"{found.path} lists its networks in an unknown way: {error}.") from None
         if not self.networks:
             raise ArtifactError(f"{found.path} holds no network.", "Collect at least one.")
-        self._shared = found.tensors(SHARED) if SHARED in found.manifest.files else {}
+        self.shared: Mapping[str, Tensor] = found.tensors(SHARED) if SHARED in found.manifest.files else {}
+        """Frozen tensors, the same in all networks."""
 
     @classmethod
     def read(cls, path: Path, stage: str = "collect") -> "Zoo":
@@ -62,6 +68,10 @@ class Zoo:
         """Networks of a split (of all splits: None), all snapshots or the last of each training only."""
         return [n for n in self.networks if (split is None or n.split == split) and (n.last or not last)]
 
+    def tasks(self, split: str) -> list[str]:
+        """The different tasks of a split, in the order of its files."""
+        return list(dict.fromkeys(n.task_bits for n in self.select(split) if n.task_bits is not None))
+
     def state(self, network: Network) -> dict[str, Tensor]:
         """The state dict of one network."""
-        return {**self._shared, **self.artifact.tensors(network.file)}
+        return {**self.shared, **self.artifact.tensors(network.file)}

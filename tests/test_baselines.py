@@ -1,20 +1,25 @@
 """Trivial generators against independent computations; none touches the checkpoints it learns from."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import gaussian_kde, kstest
+from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import PolynomialFeatures
 from torch import Tensor
 
 from rpgcli import rng
-from rpgcli.methods import baselines
+from rpgcli.methods import baselines, resampling
 from rpgcli.methods.baselines import Known, MlpSetting, Predict, best, fit_all, nearest, perceptron, ridge, signs
+from rpgcli.methods.resampling import GENERATORS, Draw, Originals, from_store, latent_generators, network
 from rpgcli.progress import Step, silent
-from tests.helpers import draw, raw
+from rpgcli.tokens import detokenize
+from tests.helpers import draw, raw, token_store
 
 ALL = ["".join(bits) for bits in itertools.product("01", repeat=5)]
 SEEN, OTHER = ALL[3:25], ALL[:3] + ALL[25:]
@@ -106,3 +111,188 @@ def test_ridge_uses_the_mean_of_all_snapshots():
     one = Known(SEEN, known().mean[:, None])
     torch.testing.assert_close(ridge(known(), 1.0, pairs=True)(OTHER), ridge(one, 1.0, pairs=True)(OTHER))
     assert rng.derive(0) != rng.derive(1)
+
+
+# --- zoos without tasks -----------------------------------------------------------------------------------------------
+
+MANY = 3000
+"""Draws from which moments are estimated: a variance to 2.6 %, so that tolerances of 10 % are four of its errors."""
+
+
+class Stored:
+    """Rows that are loaded one at a time, and never changed."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int, /) -> Tensor:
+        return self.rows[i]
+
+
+def matrix(num_rows: int = 6, num_parameters: int = 4) -> Tensor:
+    """Checkpoints with correlated coordinates of different deviations, not around 0."""
+    return draw(num_rows, num_parameters) @ draw(num_parameters, num_parameters) + draw(num_parameters)
+
+
+def many(name: str, given: Originals, draw: Draw | None = None) -> Tensor:
+    """(MANY, P)."""
+    return torch.stack([network(name, draw or GENERATORS[name], given, 0, i) for i in range(MANY)])
+
+
+def autoencoder(given: Originals) -> tuple[Tensor, dict[str, Draw]]:
+    """Two orthonormal directions as a linear autoencoder, and the generators on their latents."""
+    basis = torch.linalg.qr(draw(given.rows[0].numel(), 2)).Q
+    return basis, latent_generators(given, lambda x: x @ basis, lambda z: z @ basis.T)
+
+
+@pytest.mark.parametrize("name", [*GENERATORS, *resampling.LATENT_GENERATORS])
+def test_a_draw_depends_on_seed_name_and_number_only_and_leaves_the_checkpoints_alone(name):
+    x = matrix(6, 5)
+    given = Originals(x)
+    draws = {**GENERATORS, **autoencoder(given)[1]}
+    before, state = raw(x), torch.random.get_rng_state()
+    first = [network(name, draws[name], given, 0, i) for i in range(5)]
+    again = [network(name, draws[name], given, 0, i) for i in (4, 1)]
+    stored = Originals(Stored(x))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert raw(x) == before
+    assert all(f.shape == (5,) and f.dtype == torch.float32 and f.isfinite().all() for f in first)
+    assert torch.equal(again[0], first[4])
+    assert torch.equal(again[1], first[1])
+    torch.testing.assert_close(network(name, draws[name], stored, 0, 1), first[1], rtol=1e-4, atol=1e-4)
+    other = network(name, draws[name], given, 1, 0)
+    is_mean = name in {"average", "soup-16"}  # of all six
+    assert torch.equal(other, first[0]) == torch.equal(first[1], first[0]) == is_mean
+    for found in first:  # What comes out is nobody's row.
+        found.zero_()
+    assert raw(x) == before
+
+
+@pytest.mark.parametrize("name", ["average", "soup-16"])
+def test_the_average_is_that_of_all_and_so_is_a_soup_of_more_than_there_are(name):
+    x = matrix()
+    given = Originals(x)
+    torch.testing.assert_close(network(name, GENERATORS[name], given, 0, 3), x.mean(0))
+
+
+def test_a_soup_is_the_mean_of_different_checkpoints_each_as_often():
+    given = Originals(torch.eye(6))  # A network is its own weights.
+    drawn = many("soup-4", given)
+    assert drawn.unique().tolist() == [0, 0.25]
+    assert set((drawn > 0).sum(1).tolist()) == {4}
+    torch.testing.assert_close((drawn > 0).float().mean(0), torch.full((6,), 4 / 6), rtol=0.06, atol=0)
+
+
+def test_interpolation_is_uniform_between_two_different_checkpoints():
+    drawn = many("interpolation", Originals(torch.eye(6)))
+    assert set((drawn > 0).sum(1).tolist()) == {2}
+    torch.testing.assert_close(drawn.sum(1), torch.ones(MANY))
+    assert kstest(drawn.amax(1), "uniform", args=(0.5, 0.5)).pvalue > 1e-3
+    torch.testing.assert_close((drawn > 0).float().mean(0), torch.full((6,), 2 / 6), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("num_rows", [12, 3])
+def test_the_full_gaussian_has_the_sample_covariance(num_rows):
+    x = matrix(num_rows)
+    given = Originals(x)
+    drawn, expected = many("gaussian-full", given), x.T.cov()
+    unit = float(expected.diagonal().max())
+    torch.testing.assert_close(drawn.mean(0), x.mean(0), rtol=0, atol=0.1 * unit**0.5)
+    torch.testing.assert_close(drawn.T.cov(), expected, rtol=0, atol=0.1 * unit)
+
+
+def test_the_full_gaussian_is_linear_in_what_is_drawn():
+    x = matrix(12)
+    given = Originals(x)
+    w = torch.randn(12, generator=rng.stream(0, "baseline", "gaussian-full", 0))
+    centred = x - x.mean(0)
+    torch.testing.assert_close(
+        network("gaussian-full", GENERATORS["gaussian-full"], given, 0, 0),
+        x.mean(0) + centred.T @ w / math.sqrt(11),
+    )
+
+
+@pytest.mark.parametrize("block", [resampling.BLOCK_VALUES, 12])
+def test_the_gaussian_on_principal_components_has_their_covariance(block, monkeypatch):
+    monkeypatch.setattr(resampling, "BLOCK_VALUES", block)
+    x = matrix(12)
+    given = Originals(x)
+    pca = PCA(2).fit(x.double().numpy())
+    expected = (pca.components_.T * pca.explained_variance_) @ pca.components_
+    drawn = many("", given, lambda o, g: resampling.gaussian_pca(o, g, num_components=2))
+    unit = float(pca.explained_variance_[0])
+    np.testing.assert_allclose(drawn.T.cov(), expected, atol=0.1 * unit)
+    beside = torch.from_numpy(np.eye(4) - pca.components_.T @ pca.components_).float()  # the other two components
+    assert float(((drawn - x.mean(0)) @ beside).abs().max()) < 1e-4 * unit**0.5
+
+
+def test_the_gaussian_has_deviations_but_no_correlations():
+    x = matrix(12)
+    given = Originals(x)
+    drawn = many("gaussian", given)
+    torch.testing.assert_close(drawn.mean(0), x.mean(0), rtol=0, atol=0.25)
+    torch.testing.assert_close(drawn.std(0), x.std(0), rtol=0.06, atol=0)
+    assert float((drawn.T.corrcoef() - torch.eye(4)).abs().max()) < 0.08
+
+
+@pytest.mark.parametrize(("name", "sigma"), [("noise-0.1", 0.1), ("noise-abs-0.06", 0.06)])
+def test_noise_lies_around_a_checkpoint_in_the_unit_that_is_asked_for(name, sigma):
+    units = {"absolute": torch.tensor([1.0, 2.0, 0.0]), "relative": torch.tensor([0.0, 3.0, 0.5])}
+    rows = 1000 * torch.arange(5.0)[:, None].expand(-1, 3)
+    drawn = many(name, Originals(rows, **units))
+    origin = (drawn / 1000).round()
+    assert torch.equal(origin.amin(1), origin.amax(1))
+    assert origin[:, 0].unique().tolist() == [0, 1, 2, 3, 4]
+    expected = sigma * units["absolute" if "abs" in name else "relative"]
+    torch.testing.assert_close((drawn - 1000 * origin).std(0), expected, rtol=0.06, atol=1e-4)
+
+
+def test_units_of_noise_are_those_of_raw_weights_and_of_each_tensor(tmp_path):
+    states = [{"a.weight": 3 * draw(4, 5, seed=i) + 1, "a.bias": 0.01 * draw(4, seed=i)} for i in range(8)]
+    for standardise in ("parameter", "layer", "none"):
+        store = token_store(tmp_path / standardise, states, token_dim=8, standardise=standardise)
+        given, scale = from_store(store), store.layout.ungrid(store.statistics.scale)
+        assert isinstance(given.relative, Tensor)
+        torch.testing.assert_close(given.absolute, 1 / scale)
+        for name, part in zip(("a.weight", "a.bias"), (given.relative * scale).split([20, 4])):
+            pooled = torch.stack([state[name] for state in states]).std(correction=0)
+            torch.testing.assert_close(part, pooled.expand(len(part)), rtol=0.07, atol=0)  # 7/8 or 8/8 of its variance
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_networks_drawn_from_a_token_store_can_be_written(tmp_path, in_memory, monkeypatch):
+    monkeypatch.setattr(resampling, "IN_MEMORY", 10**6 * in_memory)
+    states = [{"n.running_var": draw(4, seed=i).abs() + 1e-3, "n.weight": draw(4, seed=i)} for i in range(8)]
+    store = token_store(tmp_path / "store", states, token_dim=8)
+    given = from_store(store)
+    assert isinstance(given.rows, Tensor) == in_memory
+    for i, row in enumerate(states):
+        flat = store.layout.grid(given.rows[i])
+        again = detokenize(flat, store.layout, store.statistics, store.constants(i))
+        torch.testing.assert_close(again, row, rtol=1e-3, atol=1e-4)
+    for name, generator in GENERATORS.items():
+        tokens = store.layout.grid(network(name, generator, given, 0, 0))
+        state = detokenize(tokens, store.layout, store.statistics, store.constants(0))
+        assert float(state["n.running_var"].min()) > 0
+        if name == "average":
+            torch.testing.assert_close(state["n.weight"], torch.stack([s["n.weight"] for s in states]).mean(0))
+
+
+def test_latent_generators_draw_in_the_latent_space_and_decode():
+    x = matrix(6, 5)
+    given = Originals(x)
+    basis, latent = autoencoder(given)
+    z = x @ basis
+    unit = float(z.var(0).max())
+    gaussian = many("latent-gaussian", given, latent["latent-gaussian"])
+    torch.testing.assert_close((gaussian @ basis).T.cov(), z.T.cov(), rtol=0, atol=0.1 * unit)
+    kde = many("latent-kde", given, latent["latent-kde"])
+    bandwidth = gaussian_kde(z.T.numpy()).factor  # Scott's rule
+    mixture = z.T.cov(correction=0) + bandwidth**2 * z.var(0).diag()
+    torch.testing.assert_close((kde @ basis).T.cov(), mixture, rtol=0, atol=0.1 * unit)
+    torch.testing.assert_close((kde @ basis).mean(0), z.mean(0), rtol=0, atol=0.1 * unit**0.5)
+    for drawn in (gaussian, kde):  # Nothing beside what the decoder can make.
+        torch.testing.assert_close(drawn @ basis @ basis.T, drawn, rtol=0, atol=1e-4)

@@ -20,8 +20,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rpgcli import __version__, artifact, pipeline, rng
+from rpgcli import __version__, artifact, recipe, rng
 from rpgcli.command import running
+from rpgcli.problem import ProblemConfig
 from rpgcli.targets import CnnConfig
 from rpgcli.zoo import Zoo
 
@@ -211,7 +212,7 @@ def test_generated_files_load_strictly_and_are_scored(run, rpg, asked):
     assert [n["path"] for n in networks] == [str(p) for p in sorted(folder.glob("*.safetensors"))]
     assert len(networks) == 5
     zoo = Zoo.read(run / "zoo")
-    problem = pipeline.problem_of(zoo).open(data_root=None, download=False, device=torch.device("cpu"))
+    problem = ProblemConfig.of(zoo.artifact.section).open(data_root=None, download=False, device=torch.device("cpu"))
     states = []
     for network in networks:
         assert network["task_bits"] == "0010100000" and network["seconds"] >= 0
@@ -281,8 +282,11 @@ def test_pipeline_runs_without_tasks_too(tmp_path, rpg, tiny):
     assert artifact.read(run / "generated/all-s0-n20", "generate").section["generate"]["count"] == 20
     report = rpg("evaluate", "--run", run, "--json").json
     rows = {(g["name"], g["split"]): g["count"] for g in report["groups"]}
-    assert rows == {("trained", "seen"): 4, ("rpg", "seen"): 0, ("rpg", "all"): 20, ("average", "all"): 1}
-    assert rpg("evaluate", "--run", run, "--dry-run", "--json").json["plans"][0]["generated, all"] == 20
+    main = {("trained", "seen"): 4, ("rpg", "seen"): 0, ("rpg", "all"): 20, ("average", "all"): 1}
+    assert main.items() < rows.items()
+    plan = rpg("evaluate", "--run", run, "--dry-run", "--json").json["plans"][0]
+    assert plan["generated, all"] == 20
+    assert {name: count for (name, _), count in rows.items() if name not in {"trained", "rpg"}}.items() <= plan.items()
 
 
 def test_default_recipe_takes_another_kind_of_zoo(rpg, tmp_path):
@@ -298,7 +302,7 @@ def test_mlp_can_be_left_out_of_the_baselines(run, rpg):
 def test_networks_made_without_a_task_cannot_be_judged_on_tasks(run, rpg):
     assert rpg("train-rpg", "--run", run, "--set", "rpg.condition=none", "--force").code == 0
     assert rpg("generate", "--run", run).code == 0
-    refused(rpg("evaluate", "--run", run, "--force"), 3, "without a task", "rpg.condition: auto")
+    refused(rpg("evaluate", "--run", run, "--force"), 3, "without a task", "condition `auto`")
 
 
 # --- other settings, --force, --resume --------------------------------------------------------------------------------
@@ -364,6 +368,54 @@ def test_force_that_is_interrupted_leaves_the_old_artifact(tiny, run, rpg, monke
     assert rpg("tokenize", "--run", run).code == 0
     assert rpg(*command, "--resume").code == 0
     assert artifact.read(run / "zoo", "collect").section["collect"]["training"]["learning_rate"] == 0.01
+
+
+def test_zoo_of_another_run_is_read_planned_and_named_in_the_next_command(tiny, tmp_path, rpg):
+    run, zoo, other = tmp_path / "run", tiny.folder / "zoo", ["--set", "tokens.token_dim=128"]
+    tokenize = ["tokenize", "--run", run, "--zoo", zoo, *other]
+    (plan,) = rpg(*tokenize, "--dry-run", "--json").json["plans"]
+    assert plan["checkpoints"] == 8 and not run.exists()
+    outcome = rpg(*tokenize)
+    assert outcome.last == f"next: rpg train-rpg --run {run}"
+    small = [word for word in tiny.collect if word.startswith("rpg.")]
+    train = ["train-rpg", "--run", run, *(word for setting in small for word in ("--set", setting))]
+    (plan,) = rpg(*train, "--dry-run", "--json").json["plans"]
+    assert (plan["checkpoints"], plan["token_dim"]) == (8, 128)
+    assert rpg(*train).code == 0
+    outcome = rpg("generate", "--run", run)
+    assert outcome.last == f"next: rpg evaluate --zoo {zoo} --run {run}"
+    (plan,) = rpg("evaluate", "--run", run, "--zoo", zoo, "--dry-run", "--json").json["plans"]
+    assert plan["trained, unseen"] == 4
+    evaluate = [*outcome.last.removeprefix("next: rpg ").split(), "--set", "evaluate.mlp=[]"]
+    assert rpg(*evaluate).code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "request_"), [(["--seed", "1"], "tasks-s1-n1"), (["--count", "2"], "tasks-s0-n2"), (["--out"], None)]
+)
+def test_next_command_after_generate_judges_what_was_generated(run, rpg, options, request_):
+    if options == ["--out"]:
+        options, request_ = ["--out", run.parent / "out"], str(run.parent / "out")
+    outcome = rpg("generate", "--run", run, *options)
+    assert outcome.last == f"next: rpg evaluate --request {request_} --run {run}"
+    evaluate = [*outcome.last.removeprefix("next: rpg ").split(), "--set", "evaluate.mlp=[]", "--force"]
+    assert rpg(*evaluate).code == 0
+
+
+def test_stored_recipe_of_an_older_version_is_still_that_recipe(tmp_path, rpg, tiny):
+    """Its recipe lacks what was added since; a default that changed, or another setting, is another recipe."""
+    stored, run = recipe.load("digits-tasks").to_json(), tmp_path / "run"
+    for name in ("autoencoder", "diffusion"):
+        del stored[name]
+    for path in (("tokens", "granularity"), ("rpg", "levels"), ("generate", "method"), ("collect", "block")):
+        del stored[path[0]][path[1]]
+    command = ["tokenize", "digits-tasks", "--run", run, "--zoo", tiny.folder / "zoo"]
+    artifact.make_folder(run)
+    (run / "recipe.json").write_text(json.dumps(stored))
+    assert rpg(*command).code == 0
+    stored["tokens"]["token_dim"] = 77
+    (run / "recipe.json").write_text(json.dumps(stored))
+    refused(rpg(*command), 2, "has a recipe already")
 
 
 def test_resume_with_nothing_there_starts_afresh(run, rpg):
@@ -616,9 +668,9 @@ def test_recipe_that_is_a_folder_or_not_text_is_refused(rpg, tmp_path):
     [
         (["tokenize"], ["zoo does not exist", "rpg collect"]),
         (["train-rpg"], ["tokens does not exist", "rpg tokenize"]),
-        (["generate"], ["rpg does not exist", "rpg train-rpg"]),
-        (["generate", "--task-bits", "0010100000"], ["rpg does not exist", "rpg train-rpg"]),
-        (["evaluate"], ["rpg does not exist", "rpg train-rpg"]),
+        (["generate"], ["holds no trained model", "rpg train-rpg"]),
+        (["generate", "--task-bits", "0010100000"], ["holds no trained model", "rpg train-rpg"]),
+        (["evaluate"], ["holds no trained model", "rpg train-rpg"]),
         (["verify"], ["holds no artifact"]),
         (["inspect"], ["holds no artifact"]),
     ],

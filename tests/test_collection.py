@@ -33,7 +33,7 @@ from rpgcli.problem import Problem
 from rpgcli.progress import OnStep, Step, silent
 from rpgcli.targets import CnnConfig, ConvNet3Config, Mlp3Config, TimmConfig
 from rpgcli.tasks import complement
-from rpgcli.zoo import Network, Zoo
+from rpgcli.zoo import SHARED, Network, Zoo
 from tests.helpers import State, make, same_bits, stop_after, tiny_problem
 
 TARGETS = [CnnConfig(), ConvNet3Config(width=4), Mlp3Config(hidden=(6,))]
@@ -159,6 +159,7 @@ SEEDS_CONFIG = SeedsConfig(num_networks=5, snapshots=2, block=2, training=SHORT)
 TRAJECTORY_CONFIG = TrajectoryConfig(
     runs=2, num_checkpoints=5, block=1, training=SHORT, save=OptimiserConfig(epochs=1, batch_size=3)
 )
+SUBSET_CONFIG = TRAJECTORY_CONFIG.model_copy(update={"parameters": "linear:last"})
 
 
 def test_a_zoo_of_tasks_holds_both_of_every_complement_pair_on_one_side(tmp_path):
@@ -250,7 +251,11 @@ def test_every_nth_network_of_a_smaller_zoo_is_in_the_larger_one():
 # --- going on ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [TASKS_CONFIG, SEEDS_CONFIG, TRAJECTORY_CONFIG], ids=lambda c: str(c.kind))
+@pytest.mark.parametrize(
+    "config",
+    [TASKS_CONFIG, SEEDS_CONFIG, TRAJECTORY_CONFIG, SUBSET_CONFIG],
+    ids=["tasks", "seeds", "trajectory", "subset"],
+)
 def test_an_interrupted_collection_goes_on_at_the_next_block_with_the_same_bytes(tmp_path, config):
     problem = tiny_problem(Mlp3Config(hidden=(6,)), bits=config.kind == "tasks")
     steps: list[Step] = []
@@ -278,6 +283,16 @@ def test_the_shared_start_is_not_trained_twice(tmp_path):
     assert (tmp_path / "zoo.partial" / START).exists()
     rest: list[Step] = []
     collect_to(tmp_path / "zoo", problem, TASKS_CONFIG, on_step=rest.append)
+    assert not any(step.phase for step in rest)
+
+
+def test_the_base_of_a_subset_is_not_trained_twice(tmp_path):
+    problem = tiny_problem(Mlp3Config(hidden=(6,)), bits=False)
+    with pytest.raises(Interrupted):
+        collect_to(tmp_path / "zoo", problem, SUBSET_CONFIG, on_step=stop_after(SHORT.num_steps(60) + 1))
+    assert (tmp_path / "zoo.partial" / START).exists()
+    rest: list[Step] = []
+    collect_to(tmp_path / "zoo", problem, SUBSET_CONFIG, on_step=rest.append)
     assert not any(step.phase for step in rest)
 
 
@@ -312,6 +327,90 @@ def test_a_target_of_timm_is_collected_one_by_one_with_its_buffers(tmp_path):
     counts = {int(v) for n, v in state.items() if n.endswith("num_batches_tracked")}
     assert counts == {2}
     assert [n.step for n in zoo.networks] == [3, 3]
+
+
+# --- subsets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "patterns"),
+    [(CnnConfig(), "linear:last"), (TimmConfig(name="mobilenetv3_small_050"), ["norm:last2", "classifier.bias"])],
+    ids=["cnn", "timm"],
+)
+def test_the_networks_of_a_subset_differ_in_it_alone_and_their_rest_is_stored_once(tmp_path, target, patterns):
+    problem = tiny_problem(target, bits=False, num=20)
+    config = TrajectoryConfig.model_validate({
+        "kind": "trajectory", "parameters": patterns, "runs": 2, "num_checkpoints": 3, "training": SHORT,
+        "save": OptimiserConfig(epochs=1, batch_size=3, learning_rate=1e-2),
+    })  # fmt: skip
+    found = collect_to(tmp_path / "zoo", problem, config)
+    zoo, subset = Zoo(found), collection.subset(problem, config)
+    assert [(n.run, n.step, n.last) for n in zoo.networks] == [(r, s, s == 7) for r in range(2) for s in (2, 5, 7)]
+    assert set(found.manifest.files) == {SHARED, *(n.file for n in zoo.networks)}  # the base itself is gone
+    assert zoo.shared.keys() | set(subset) == problem.reference.keys()
+    assert not zoo.shared.keys() & set(subset)
+    for network in zoo.networks:
+        assert set(found.tensors(network.file)) == set(subset)
+        state = zoo.state(network)
+        problem.build("any").load_state_dict(state, strict=True)
+        assert network.accuracy == {s: float(problem.accuracy([state], [None], s)) for s in ("validation", "test")}
+    values = [torch.cat([zoo.state(n)[name].flatten() for name in subset]) for n in zoo.networks]
+    assert all(not torch.equal(values[i], values[j]) for i in range(6) for j in range(i))
+
+
+def test_the_runs_of_a_subset_leave_one_base_that_is_the_first_whole_training(tmp_path):
+    problem = tiny_problem(Mlp3Config(hidden=(6,)), bits=False)
+    zoo = Zoo(collect_to(tmp_path / "zoo", problem, SUBSET_CONFIG))
+    whole = Single(problem, problem.build("seed", 0, seed=0).state_dict())
+    train(whole, problem.labels("train", [None]), Feed(problem, 0, [0]), SHORT, save_at=(), on_step=silent)
+    base = whole.snapshot()[0]
+    assert all(torch.equal(value, base[name]) for name, value in zoo.shared.items())
+    still = SUBSET_CONFIG.model_copy(update={
+        "num_checkpoints": 1, "save": OptimiserConfig(epochs=1, batch_size=60, learning_rate=1e-12)
+    })  # fmt: skip
+    for network in (zoo := Zoo(collect_to(tmp_path / "still", problem, still))).networks:
+        close({name: zoo.state(network)[name] for name in base}, base, 1e-10)  # one step that moves nothing
+
+
+def test_every_parameter_may_be_named_and_all_means_whole_trainings(tmp_path):
+    problem = tiny_problem(Mlp3Config(hidden=(6,)), bits=False)
+    every = Zoo(collect_to(tmp_path / "every", problem, SUBSET_CONFIG.model_copy(update={"parameters": ("*",)})))
+    assert every.shared == {}
+    assert every.state(every.networks[0]).keys() == problem.reference.keys()
+    listed = collect_to(tmp_path / "all", problem, SUBSET_CONFIG.model_copy(update={"parameters": ("all",)}))
+    whole = collect_to(tmp_path / "whole", problem, TRAJECTORY_CONFIG)
+    assert listed.manifest.files == whole.manifest.files
+
+
+def test_a_whole_network_that_is_given_is_the_base_and_one_without_its_head_is_trained_first(tmp_path):
+    problem = tiny_problem(Mlp3Config(hidden=(6,)), bits=False)
+    given = problem.build("other").state_dict()
+    steps: list[Step] = []
+    config = SUBSET_CONFIG.model_copy(update={"pretrained": str(tmp_path / "given.safetensors")})
+    save_file(given, tmp_path / "given.safetensors")
+    zoo = Zoo(collect_to(tmp_path / "zoo", problem, config, on_step=steps.append))
+    assert zoo.shared
+    assert all(torch.equal(value, given[name]) for name, value in zoo.shared.items())
+    assert not any(step.phase for step in steps)
+    save_file({n: v for n, v in given.items() if n != "layers.2.bias"}, tmp_path / "given.safetensors")
+    zoo = Zoo(collect_to(tmp_path / "zoo2", problem, config, on_step=steps.append))
+    assert any(step.phase == "base network" for step in steps)
+    assert not torch.equal(zoo.shared["layers.0.weight"], given["layers.0.weight"])
+
+
+@pytest.mark.parametrize("parameters", ["head", "norm:last2", ("linear:last", "*.running_mean")])
+def test_a_subset_that_means_nothing_is_refused_before_anything_is_trained(tmp_path, parameters):
+    problem = tiny_problem(Mlp3Config(hidden=(6,)), bits=False)
+    steps: list[Step] = []
+    with pytest.raises(UsageError, match=r"collect\.parameters: "):
+        collect_to(
+            tmp_path / "zoo",
+            problem,
+            SUBSET_CONFIG.model_copy(update={"parameters": parameters}),
+            on_step=steps.append,
+        )
+    assert not steps
+    assert not (tmp_path / "zoo.partial").exists()
 
 
 # --- networks from elsewhere ------------------------------------------------------------------------------------------
@@ -388,6 +487,15 @@ def test_networks_that_exist_become_a_zoo_in_natural_order(tmp_path):
         assert network.accuracy == {
             s: float(problem.accuracy([states[name]], [None], s)) for s in ("validation", "test")
         }
+
+
+def test_networks_in_sub_folders_are_labelled_by_them(tmp_path):
+    problem = tiny_problem(bits=False)
+    for name in ("b/net2", "b/net10", "a/net1", "top", ".hidden/net"):
+        (tmp_path / "given" / name).parent.mkdir(parents=True, exist_ok=True)
+        save_file(problem.build("other").state_dict(), tmp_path / "given" / f"{name}.safetensors")
+    zoo = import_from(tmp_path / "given", problem, tmp_path / "zoo")
+    assert [(n.run, n.label) for n in zoo.networks] == [(0, "a"), (1, "b"), (2, "b"), (3, None)]
 
 
 def test_networks_that_do_not_fit_or_have_no_task_are_refused(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from rpgcli.evaluation.groups import Comparison, Group, by_pair, compare, standard_error, verdict
-from rpgcli.pipeline import majority
+from rpgcli.evaluation.report import majority
 from rpgcli.tasks import complement
 from tests.helpers import tiny_problem
 

@@ -1,20 +1,37 @@
-"""Generation: a sample depends on its seed, task and number alone."""
+"""Generation: a sample depends on its seed, what is asked, and its number alone."""
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from rpgcli import rng
+from rpgcli.artifact import Artifact
+from rpgcli.conditions import Asked, Condition
 from rpgcli.cores.mamba2 import Mamba2Config
 from rpgcli.denoisers.mlp import MlpDenoiserConfig
 from rpgcli.errors import RpgError, UsageError
-from rpgcli.generation import Generator, Sample, Sampling, expand
-from rpgcli.methods.rpg import RpgConfig, build
+from rpgcli.generation import (
+    GenerateConfig,
+    Generator,
+    Request,
+    Sample,
+    Sampling,
+    condition_of,
+    default_request,
+    request_folder,
+    request_of,
+)
+from rpgcli.methods.rpg import RPG, RpgConfig, build
+from rpgcli.models import just_trained
 from rpgcli.samplers import DdimConfig, DdpmConfig, DpmSolverConfig
 from rpgcli.tokens import TokenStore
-from tests.helpers import State, draw, same_bits, token_store
+from tests.helpers import State, draw, make, same_bits, token_store
 
 TASKS = ["0110", "1001", "1000", "0111"]
+FOUR_BITS = Condition("task-bits", 4)
 CONFIG = RpgConfig(
     core=Mamba2Config(d_model=16, headdim=4, d_state=4, num_layers=1), denoiser=MlpDenoiserConfig(width=16, depth=1)
 )
@@ -45,13 +62,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     )
 
 
-def make_generator(store: TokenStore, config: RpgConfig = CONFIG, num_bits: int = 4, num_states: int = 3) -> Generator:
+def make_generator(
+    store: TokenStore, config: RpgConfig = CONFIG, condition: Condition | None = FOUR_BITS, num_states: int = 3
+) -> Generator:
     """A model with random weights everywhere: a fresh one outputs zeros."""
-    model = build(config, store, num_bits).eval()
+    model = build(config, store, condition)
     with torch.no_grad():
         for i, parameter in enumerate(model.parameters()):
             parameter.add_(torch.randn(parameter.shape, generator=rng.stream(0, "weights", i)), alpha=0.2)
-    return Generator(model, store.layout, store.statistics, store.constants(0), num_states)
+    return Generator(just_trained("rpg", model, condition, num_states, store))
 
 
 @pytest.fixture
@@ -60,9 +79,9 @@ def generator(store: TokenStore) -> Generator:
 
 
 def sample(
-    generator: Generator, bits: str | None, index: int, sampling: Sampling, *, seed: int = 0, state: str = "random"
+    generator: Generator, bits: str, index: int, sampling: Sampling, *, seed: int = 0, state: str = "random"
 ) -> Tensor:
-    return generator.tokens(Sample("new", bits, index), sampling, seed=seed, state=state)[0]
+    return generator.tokens(Sample(Asked("unseen", bits), index), sampling, seed=seed, state=state)[0]
 
 
 @EACH_SAMPLING
@@ -80,10 +99,16 @@ def test_sample_i_is_the_same_whatever_else_is_asked_for_and_in_which_order(stor
 
 @EACH_SAMPLING
 def test_many_at_once_are_each_alone_to_rounding(generator, sampling):
-    together = generator.batch(TASKS, sampling, seed=7)
+    together = generator.batch([Asked("unseen", bits) for bits in TASKS], sampling, seed=7)
     alone = torch.stack([sample(generator, bits, 0, sampling, seed=7) for bits in TASKS])
     # other shapes of the same matrix products: float32 rounding, carried through three steps
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_the_side_of_a_split_that_a_task_is_on_changes_nothing(generator):
+    sides = [Sample(Asked(split, "0110"), 1) for split in ("seen", "validation", "unseen")]
+    first, *others = [generator.tokens(one, SAMPLINGS[0], seed=0, state="random")[0] for one in sides]
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_seeds_share_no_noise(generator):
@@ -101,22 +126,23 @@ def test_without_starting_noise_all_samples_of_a_condition_are_one(generator):
 
 def test_the_core_runs_once_for_each_condition_whatever_the_steps_and_samples(generator):
     calls: list[int] = []
-    generator.model.core.register_forward_hook(lambda *_: calls.append(1))
+    assert isinstance(generator.model.method, RPG)
+    generator.model.method.core.register_forward_hook(lambda *_: calls.append(1))
     conditions = set()
     for bits in ("0110", "1001"):
         for index in range(8):
             for sampling in SAMPLINGS:
-                _, state = generator.tokens(Sample("new", bits, index), sampling, seed=0, state="random")
+                _, state = generator.tokens(Sample(Asked("unseen", bits), index), sampling, seed=0, state="random")
                 conditions.add((bits, state))
     assert len(calls) == len(conditions) > 4
     for index in range(40):  # no more prototypes are kept than a few
-        generator.prototypes(format(index % 16, "04b"), index % 3)
+        generator.prototypes(Asked(task_bits=format(index % 16, "04b")), index % 3)
     assert len(generator._prototypes) == 16
 
 
 def test_the_state_can_be_chosen(generator: Generator) -> None:
     def ask(state: str, index: int = 0) -> tuple[Tensor, int]:
-        return generator.tokens(Sample("new", "0110", index), SAMPLINGS[0], seed=0, state=state)
+        return generator.tokens(Sample(Asked("unseen", "0110"), index), SAMPLINGS[0], seed=0, state=state)
 
     assert [ask(s)[1] for s in ("0", "1", "2", "none")] == [0, 1, 2, -1]
     tokens = [ask(s)[0] for s in ("0", "1", "2", "none")]
@@ -131,14 +157,14 @@ def test_the_state_can_be_chosen(generator: Generator) -> None:
 
 
 def test_no_state_adds_nothing_to_the_tokens(generator):
-    bits = torch.tensor([[0.0, 1, 1, 0]])
-    without = generator.model.prototypes(bits, None)
-    assert torch.equal(generator.prototypes("0110", -1), without[0])
+    asked = Asked("unseen", "0110")
+    without = generator.model.method.prototypes(FOUR_BITS.features([asked]), None)
+    assert torch.equal(generator.prototypes(asked, -1), without[0])
 
 
 def test_an_unconditional_model_ignores_the_task(store):
-    generator = make_generator(store, CONFIG.model_copy(update={"condition": "none", "state": "none"}), 0, 1)
-    tokens, state = generator.tokens(Sample("all", None, 0), SAMPLINGS[0], seed=0, state="random")
+    generator = make_generator(store, CONFIG.model_copy(update={"condition": "none", "state": "none"}), None, 1)
+    tokens, state = generator.tokens(Sample(Asked(), 0), SAMPLINGS[0], seed=0, state="random")
     assert state == 0
     assert tokens.shape == (store.layout.num_tokens, 8)
 
@@ -164,7 +190,95 @@ def test_a_network_that_is_not_finite_is_refused(generator, store):
 
 
 def test_a_request_is_so_many_samples_of_each_task():
-    found = list(expand([("seen", "01"), ("unseen", "10")], 2))
-    assert [(s.split, s.task_bits, s.index) for s in found] == [
-        ("seen", "01", 0), ("seen", "01", 1), ("unseen", "10", 0), ("unseen", "10", 1),
+    first, second = Asked("seen", "01"), Asked("unseen", "10")
+    found = list(Request("tasks", [first, second], 2).samples())
+    assert found == [Sample(first, 0), Sample(first, 1), Sample(second, 0), Sample(second, 1)]
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+SIDES = {"seen": ["0011", "0101", "1110"], "validation": ["1000"], "unseen": ["0110", "1111"]}
+LEVEL = Condition("accuracy-level", 2, levels=((0.5, 0.7), (0.9, 1.0)))
+LABEL = Condition("label", 2, labels=("cat", "dog"))
+ACCURACY = Condition("accuracy", 1, mean=0.9, std=0.2)
+
+Trained = Callable[[Condition | None], Artifact]
+
+
+@pytest.fixture
+def trained(tmp_path) -> Trained:
+    """Models of which a request needs no more than the facts."""
+
+    def build_facts(condition: Condition | None) -> Artifact:
+        facts: dict[str, Any] = {"condition": condition and condition.to_json(), "tasks": SIDES}
+        return make(tmp_path / (condition.kind if condition else "none"), lambda draft: facts, stage="train-rpg")
+
+    return build_facts
+
+
+@pytest.mark.parametrize("condition", [None, FOUR_BITS, LABEL, LEVEL, ACCURACY], ids=lambda c: c and c.kind)
+def test_the_condition_of_a_model_is_read_back(trained, condition):
+    assert condition_of(trained(condition)) == condition
+
+
+@pytest.mark.parametrize(
+    ("condition", "asked"),
+    [
+        (None, [Asked()]),
+        (LABEL, [Asked(label="cat"), Asked(label="dog")]),
+        (LEVEL, [Asked(accuracy=0.6), Asked(accuracy=0.95), Asked()]),
+        (ACCURACY, [Asked(accuracy=0.7), Asked(accuracy=0.9), Asked(accuracy=1.0)]),
+        (Condition("accuracy", 1, mean=1.0, std=1.0), [Asked(accuracy=0.0), Asked(accuracy=1.0)]),
+    ],
+)
+def test_who_asks_for_nothing_gets_20_of_everything_that_a_model_knows(trained, condition, asked):
+    found = default_request(trained(condition), GenerateConfig())
+    assert (found.asked, found.count) == (asked, 20)
+    for one in asked:
+        if condition is not None:
+            condition.check(one)
+    assert default_request(trained(condition), GenerateConfig(count=3)).count == 3
+
+
+def test_who_asks_a_model_of_tasks_for_nothing_gets_one_of_each_task(trained):
+    found = default_request(trained(FOUR_BITS), GenerateConfig(num_seen=2))
+    assert found.count == 1
+    assert found.asked == [
+        Asked("seen", "0011"), Asked("seen", "0101"), Asked("validation", "1000"), Asked("unseen", "0110"),
+        Asked("unseen", "1111"),
     ]  # fmt: skip
+
+
+def test_a_task_that_is_asked_for_is_placed_on_its_side_of_the_split(trained):
+    asked = [Asked(task_bits=bits) for bits in ("1110", "1000", "0110", "0000")]
+    found = request_of(trained(FOUR_BITS), GenerateConfig(), asked, "list")
+    assert [one.split for one in found.asked] == ["seen", "validation", "unseen", "unseen"]
+    assert [one.task_bits for one in found.asked] == ["1110", "1000", "0110", "0000"]
+    assert found.count == 1
+    assert request_of(trained(LEVEL), GenerateConfig(), [Asked(accuracy=0.6)], "x").asked == [Asked(accuracy=0.6)]
+
+
+def test_nothing_can_be_asked_of_an_unconditional_model(trained):
+    with pytest.raises(UsageError, match="unconditional: nothing can be asked of it") as error:
+        request_of(trained(None), GenerateConfig(), [Asked(task_bits="0110")], "0110")
+    assert "--task-bits" in str(error.value)
+
+
+def test_what_a_model_does_not_know_cannot_be_asked_of_it(trained):
+    with pytest.raises(UsageError, match="knows no --accuracy"):
+        request_of(trained(FOUR_BITS), GenerateConfig(), [Asked(accuracy=0.9)], "x")
+    with pytest.raises(UsageError, match="lies in no level"):
+        request_of(trained(LEVEL), GenerateConfig(), [Asked(accuracy=0.6), Asked(accuracy=0.8)], "x")
+
+
+def test_different_requests_lie_in_different_folders():
+    one = Request("0110", [Asked(task_bits="0110")], 1)
+    five = Request("0110", one.asked, 5)
+    configs = [GenerateConfig(), GenerateConfig(seed=1), GenerateConfig(num_steps=3), GenerateConfig(state="none")]
+    names = [
+        request_folder(request, config, method)
+        for request in (one, five) for config in configs for method in ("rpg", "pdiff")
+    ]  # fmt: skip
+    assert len(set(names)) == len(names)
+    assert names[:2] == ["0110-s0-n1", "pdiff-0110-s0-n1"]
+    assert request_folder(one, GenerateConfig(method="rpg"), "rpg") == names[0]  # saying what was clear changes nothing

@@ -16,10 +16,24 @@ LAYERS = [
     {"console"},
     {"pipeline", "planning", "diagnosis"},
     {"recipe"},
+    {"models"},
     {"methods", "training", "collection", "generation", "evaluation"},
-    {"problem", "zoo", "imports", "targets", "tasks", "cores", "denoisers", "diffusion", "samplers", "conditions"},
+    {"subsets"},
+    {
+        "problem",
+        "zoo",
+        "imports",
+        "targets",
+        "tasks",
+        "cores",
+        "denoisers",
+        "diffusion",
+        "samplers",
+        "conditions",
+        "autoencoder",
+    },
     {"positions", "kernels"},
-    {"layout", "tokens", "artifact", "rng", "strict_yaml", "progress", "config", "errors", "__init__"},
+    {"layout", "alignment", "tokens", "artifact", "rng", "strict_yaml", "progress", "config", "errors", "__init__"},
 ]
 """From the top down; the parts of a folder count as one."""
 ONLY: dict[str, set[str]] = {

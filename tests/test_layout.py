@@ -95,8 +95,9 @@ STATE: State = {
 
 
 def test_integers_flags_and_single_values_are_constants_and_variances_are_logged():
-    layout = make_layout(STATE, token_dim=16, granularity="layer", log_variance=True, frozen=r"brain|nothing")
-    assert [s.name for s in layout.constants] == ["bn.num_batches_tracked", "scale", "mask", "brain", "empty"]
+    layout = make_layout(STATE, token_dim=16, granularity="layer", log_variance=True, shared={"brain", "mask"})
+    assert [s.name for s in layout.constants] == ["bn.num_batches_tracked", "scale", "empty"]
+    assert [s.name for s in layout.shared] == ["mask", "brain"]
     assert [s.name for s in layout.generated if s.transform != "identity"] == ["bn.running_var"]
     raw = make_layout(STATE, token_dim=16, granularity="layer", log_variance=False)
     assert all(s.transform == "identity" for s in raw.specs)

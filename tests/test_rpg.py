@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from rpgcli.artifact import Draft, read_json
 from rpgcli.collection import OptimiserConfig, SeedsConfig, TasksConfig, collect
-from rpgcli.conditions import state_indices
+from rpgcli.conditions import Asked, Condition, state_indices
 from rpgcli.cores import CoreConfig
 from rpgcli.cores.mamba2 import Mamba2Config
 from rpgcli.denoisers import DenoiserConfig
 from rpgcli.denoisers.mlp import MlpDenoiserConfig
 from rpgcli.generation import Generator, Sample, Sampling
 from rpgcli.methods.rpg import RPG, RpgConfig, build, make_loss
+from rpgcli.models import just_trained
 from rpgcli.problem import Problem, ProblemConfig
 from rpgcli.progress import silent
 from rpgcli.samplers import DdimConfig
@@ -35,14 +36,16 @@ SMALL = RpgConfig(
     denoiser=MlpDenoiserConfig(width=128, depth=2),
     training=TrainingConfig(num_steps=200, batch_size=32, learning_rate=2e-3, ema_decay=0.98),
 )
+DIGITS_TASKS = Condition("task-bits", 10)
+FOUR_BITS = Condition("task-bits", 4)
 
 
-def train(folder: Path, config: RpgConfig, store: TokenStore, num_bits: int) -> RPG:
+def train(folder: Path, config: RpgConfig, store: TokenStore, condition: Condition | None) -> RPG:
     kept: list[RPG] = []
 
     def body(draft: Draft) -> Mapping[str, Any]:
-        model = build(config, store, num_bits)
-        loss = make_loss(model, config, store, torch.device("cpu"))
+        model = build(config, store, condition)
+        loss = make_loss(model, config, store, condition, torch.device("cpu"))
         kept.append(fit(model, loss, config.training, draft, dtype=torch.float32, on_step=silent))
         return {}
 
@@ -77,9 +80,10 @@ class Trained:
 
     def accuracy(self, model: RPG) -> float:
         """Mean test accuracy of generated networks over the unseen tasks."""
-        generator = Generator(model, self.store.layout, self.store.statistics, self.store.constants(0), 1)
+        generator = Generator(just_trained("rpg", model, DIGITS_TASKS, 1, self.store))
         sampling = Sampling(sampler=DdimConfig(), num_steps=5, temperature=0.5)
-        states = [generator.network(x) for x in generator.batch(self.unseen, sampling, seed=0)]
+        asked = [Asked("unseen", bits) for bits in self.unseen]
+        states = [generator.network(x) for x in generator.batch(asked, sampling, seed=0)]
         return float(self.problem.accuracy(states, self.unseen, "test").mean())
 
 
@@ -96,7 +100,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     zoo, store = collect_store(folder, problem, config)
     unseen = zoo.select("unseen")
     accuracy = sum((n.accuracy or {})["test"] for n in unseen) / len(unseen)
-    model = train(folder / "rpg", SMALL, store, 10)
+    model = train(folder / "rpg", SMALL, store, DIGITS_TASKS)
     return Trained(model, store, problem, [str(n.task_bits) for n in unseen], accuracy)
 
 
@@ -109,8 +113,8 @@ def ablate(model: RPG, change: Callable[[RPG], None]) -> RPG:
 class NoCondition(nn.Module):
     """Tells the model nothing of the task."""
 
-    def forward(self, bits: Tensor) -> Tensor:
-        return torch.zeros(len(bits), 64)
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.zeros(len(features), 64)
 
 
 def forget_condition(model: RPG) -> None:
@@ -155,8 +159,8 @@ def test_samples_of_a_state_lie_nearer_to_its_run_than_to_the_others(tmp_path):
     seeds = SeedsConfig(num_networks=4, snapshots=5, training=OptimiserConfig(epochs=8, learning_rate=5e-3))
     _, store = collect_store(tmp_path, problem, seeds)
     training = SMALL.training.model_copy(update={"num_steps": 80, "batch_size": 16})
-    model = train(tmp_path / "rpg", SMALL.model_copy(update={"training": training}), store, 0)
-    generator = Generator(model, store.layout, store.statistics, store.constants(0), 4)
+    model = train(tmp_path / "rpg", SMALL.model_copy(update={"training": training}), store, None)
+    generator = Generator(just_trained("rpg", model, None, 4, store))
     runs = state_indices(store.checkpoints, "run")
     centres = torch.stack(
         [torch.stack([store.network(i) for i in range(20) if runs[i] == r]).mean(0) for r in range(4)]
@@ -164,7 +168,7 @@ def test_samples_of_a_state_lie_nearer_to_its_run_than_to_the_others(tmp_path):
     hits = 0
     for state in range(4):
         for index in range(16):
-            x, _ = generator.tokens(Sample("all", None, index), Sampling(num_steps=5), seed=0, state=str(state))
+            x, _ = generator.tokens(Sample(Asked(), index), Sampling(num_steps=5), seed=0, state=str(state))
             hits += int((centres - x).square().sum((1, 2)).argmin() == state)
     assert sum(math.comb(64, k) * 0.25**k * 0.75 ** (64 - k) for k in range(32, 65)) < 2e-5
     assert hits >= 32
@@ -201,15 +205,15 @@ FEW_STEPS = TrainingConfig(num_steps=4, batch_size=4, log_every=2, schedule="con
 @pytest.mark.parametrize("core", members(CoreConfig, d_model=32), ids=lambda c: str(c.kind))
 def test_every_core_with_every_denoiser_trains_and_samples(tmp_path, store, core, denoiser):
     config = RpgConfig(core=core, denoiser=denoiser, training=FEW_STEPS)
-    model = train(tmp_path / "rpg", config, store, 4)
+    model = train(tmp_path / "rpg", config, store, FOUR_BITS)
     lines = (tmp_path / "rpg" / METRICS).read_text().splitlines()
     assert len(lines) == 2
     assert read_json(tmp_path / "rpg" / "manifest.json")["stage"] == "train-rpg"
-    generator = Generator(model, store.layout, store.statistics, store.constants(0), 2)
-    tokens, _ = generator.tokens(Sample("new", "0110", 0), Sampling(num_steps=2), seed=0, state="random")
+    generator = Generator(just_trained("rpg", model, FOUR_BITS, 2, store))
+    tokens, _ = generator.tokens(Sample(Asked("unseen", "0110"), 0), Sampling(num_steps=2), seed=0, state="random")
     state = generator.network(tokens)
     assert {n: tuple(v.shape) for n, v in state.items()} == {"w": (6, 4), "b": (6,), "v": (3, 5)}
-    fresh = dict(build(config, store, 4).named_parameters())
+    fresh = dict(build(config, store, FOUR_BITS).named_parameters())
     still = [n for n, p in model.named_parameters() if torch.equal(p, fresh[n])]
     assert not still  # layers that start at zero hold the others back for two steps, not for four
 
@@ -217,7 +221,7 @@ def test_every_core_with_every_denoiser_trains_and_samples(tmp_path, store, core
 @pytest.mark.parametrize("position", ["2d", "1d", "learned", "none"])
 def test_positions_are_learned_only_where_asked(store, position):
     config = RpgConfig(core=Mamba2Config(d_model=32, headdim=8, d_state=8), position=position)
-    model = build(config, store, 4)
+    model = build(config, store, FOUR_BITS)
     names = dict(model.named_parameters())
     assert ("position" in names) == (position == "learned")
     assert ("position" in dict(model.named_buffers())) == (position != "learned")
@@ -226,7 +230,7 @@ def test_positions_are_learned_only_where_asked(store, position):
         with torch.no_grad():
             model.denoiser.output.weight.normal_(generator=torch.Generator().manual_seed(0))  # type: ignore[union-attr,operator]
             model.denoiser.modulation.weight.normal_(generator=torch.Generator().manual_seed(1))  # type: ignore[union-attr,operator]
-        make_loss(model, config, store, torch.device("cpu"))(0).backward()
+        make_loss(model, config, store, FOUR_BITS, torch.device("cpu"))(0).backward()
         gradient = model.position.grad
         assert gradient is not None
         assert gradient.abs().sum() > 0
@@ -238,10 +242,10 @@ def test_tokens_per_step_denoises_a_subset_and_the_core_sees_whole_networks(stor
     seen: list[tuple[int, ...]] = []
     for given, expected in [(None, 4 * num_tokens), (3, 3), (10_000, 4 * num_tokens)]:
         some = config.model_copy(update={"tokens_per_step": given})
-        model = build(some, store, 4)
+        model = build(some, store, FOUR_BITS)
         model.core.register_forward_hook(lambda _, args, out: seen.append(tuple(args[0].shape)))
         model.denoiser.register_forward_hook(lambda _, args, out: seen.append(tuple(args[0].shape)))
-        make_loss(model, some, store, torch.device("cpu"))(0)
+        make_loss(model, some, store, FOUR_BITS, torch.device("cpu"))(0)
         assert seen[-2:] == [(4, num_tokens, 32), (expected, 16)]
 
 
@@ -250,12 +254,12 @@ def test_tokens_that_never_vary_are_not_trained_on(tmp_path):
     states = [{"frozen": torch.ones(100), "w": draw(20, seed=i), "still": torch.ones(9)} for i in range(3)]
     store = token_store(tmp_path / "tokens", states, token_dim=8)
     config = RpgConfig(core=Mamba2Config(d_model=32, headdim=8, d_state=8), training=FEW_STEPS)
-    whole = make_loss(build(config, store, 0), config, store, torch.device("cpu"))
+    whole = make_loss(build(config, store, None), config, store, None, torch.device("cpu"))
     few = config.model_copy(update={"tokens_per_step": 1})
-    model = build(few, store, 0)
+    model = build(few, store, None)
     seen: list[int] = []
     model.denoiser.register_forward_hook(lambda _, args, out: seen.append(len(args[0])))
-    some = make_loss(model, few, store, torch.device("cpu"))
+    some = make_loss(model, few, store, None, torch.device("cpu"))
     assert all(bool(loss(step).isfinite()) for loss in (whole, some) for step in range(10))
     assert seen == [1] * 10
 
@@ -263,32 +267,32 @@ def test_tokens_that_never_vary_are_not_trained_on(tmp_path):
 def test_the_loss_of_a_subset_pairs_each_token_with_its_own_prototype(store):
     """The oracle: whole networks through `loss`, one row at a time, with the same noise."""
     config = RpgConfig(core=Mamba2Config(d_model=32, headdim=8, d_state=8))
-    model = build(config, store, 4)
+    model = build(config, store, FOUR_BITS)
     with torch.no_grad():
         for i, parameter in enumerate(model.parameters()):
             parameter.add_(draw(*parameter.shape, seed=i), alpha=0.1)
-    bits = torch.tensor([[0.0, 1, 1, 0], [1, 0, 0, 1]])
+    features = FOUR_BITS.features([Asked(task_bits="0110"), Asked(task_bits="1001")])
     state = torch.tensor([1, 0])
     num_tokens = store.layout.num_tokens
     token = torch.tensor([num_tokens + 1, 0, 2 * num_tokens - 1])
     x_0 = store.rows(torch.tensor([3, 2, 3]), token % num_tokens)
     mask = store.statistics.varies[token % num_tokens]
-    found = model.loss(x_0, mask, bits, state, token, torch.Generator().manual_seed(0))
-    c = model.prototypes(bits, state)
+    found = model.loss(x_0, mask, features, state, token, torch.Generator().manual_seed(0))
+    c = model.prototypes(features, state)
     own = torch.stack([c[t // num_tokens, t % num_tokens] for t in token.tolist()])
     expected = model.diffusion.loss(model.denoiser, x_0, own, mask, torch.Generator().manual_seed(0))
     assert torch.equal(found, expected)
 
 
 def test_prototypes_add_condition_and_state_to_every_position(store):
-    model = build(RpgConfig(core=Mamba2Config(d_model=32, headdim=8, d_state=8)), store, 4)
+    model = build(RpgConfig(core=Mamba2Config(d_model=32, headdim=8, d_state=8)), store, FOUR_BITS)
     entered: list[Tensor] = []
     model.core.register_forward_hook(lambda _, args, out: entered.append(args[0]))
-    bits = torch.tensor([[0.0, 1, 1, 0], [1, 0, 0, 1]])
-    model.prototypes(bits, torch.tensor([1, -1]))
+    features = FOUR_BITS.features([Asked(task_bits="0110"), Asked(task_bits="1001")])
+    model.prototypes(features, torch.tensor([1, -1]))
     assert model.condition is not None
     assert model.state is not None
-    condition = model.condition(bits)
+    condition = model.condition(features)
     torch.testing.assert_close(entered[0][0], model.position + condition[0] + model.state.weight[1])
     torch.testing.assert_close(entered[0][1], model.position + condition[1])
 
@@ -300,7 +304,7 @@ def test_states_follow_the_runs_or_the_checkpoints(store):
     assert state_indices(checkpoints, "none").tolist() == [0, 0, 0, 0]
     sizes = {}
     for kind in ("run", "checkpoint", "none"):
-        model = build(RpgConfig(core=Mamba2Config(d_model=32, headdim=8, d_state=8), state=kind), store, 0)
+        model = build(RpgConfig(core=Mamba2Config(d_model=32, headdim=8, d_state=8), state=kind), store, None)
         sizes[kind] = model.state.num_embeddings if model.state is not None else None
         assert model.condition is None
     assert sizes == {"run": 2, "checkpoint": 6, "none": None}
@@ -308,10 +312,10 @@ def test_states_follow_the_runs_or_the_checkpoints(store):
 
 def test_the_loss_of_a_step_depends_on_its_number_alone(store):
     config = RpgConfig(core=Mamba2Config(d_model=32, headdim=8, d_state=8), tokens_per_step=5)
-    model = build(config, store, 4)
-    loss = make_loss(model, config, store, torch.device("cpu"))
+    model = build(config, store, FOUR_BITS)
+    loss = make_loss(model, config, store, FOUR_BITS, torch.device("cpu"))
     first = [float(loss(s).detach()) for s in (0, 1, 2)]
     assert [float(loss(s).detach()) for s in (2, 0, 1)] == [first[2], first[0], first[1]]
     assert len(set(first)) == 3
-    other = make_loss(model, config.model_copy(update={"seed": 1}), store, torch.device("cpu"))
+    other = make_loss(model, config.model_copy(update={"seed": 1}), store, FOUR_BITS, torch.device("cpu"))
     assert float(other(0).detach()) != first[0]

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from torch import Tensor
 
 from rpgcli import artifact, tokens
+from rpgcli.alignment import units
 from rpgcli.artifact import Draft
-from rpgcli.errors import ArtifactError, LayoutError
+from rpgcli.errors import ArtifactError, LayoutError, RecipeError
 from rpgcli.layout import Layout, make_layout
 from rpgcli.progress import silent
 from rpgcli.tokens import TokensConfig, TokenStore, detokenize, tokenize, transform, variance_references, write_store
@@ -206,6 +207,7 @@ def test_checkpoints_that_are_all_the_same_are_refused(tmp_path):
 @given(
     npst.arrays(np.float32, st.tuples(st.integers(2, 6), st.integers(2, 9)), elements=st.floats(-1e3, 1e3, width=32))
 )
+@example(np.array([[0.0, 1e-45], [1e-45, 1e-45]], np.float32))
 def test_standardised_tokens_have_mean_0_and_deviation_1_wherever_they_vary(values):
     moments = tokens.Moments()
     layout = make_layout({"w": torch.zeros(values.shape[1])}, token_dim=4, granularity="flat", log_variance=True)
@@ -224,6 +226,41 @@ def test_standardised_tokens_have_mean_0_and_deviation_1_wherever_they_vary(valu
 
 
 # --- the store --------------------------------------------------------------------------------------------------------
+
+
+def shared_store(folder: Path, states: list[State], shared: set[str]) -> TokenStore:
+    layout = make_layout(states[0], token_dim=16, granularity="layer", log_variance=False, shared=shared)
+
+    def body(draft: Draft) -> Mapping[str, Any]:
+        config = TokensConfig(token_dim=16, standardise="none")
+        write_store(draft, iter(states), len(states), layout, config, silent)
+        return {"checkpoints": [{}] * len(states)}
+
+    return TokenStore(make(folder, body, stage="tokenize"))
+
+
+FROZEN = {"conv.weight", "half", "bn.running_var", "temperature", "position_ids"}
+
+
+def test_what_all_networks_share_is_stored_once_and_comes_back_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "SHARD_BYTES", 1)
+    states = [{n: (network(0) if n in FROZEN else network(seed))[n] for n in network(0)} for seed in range(4)]
+    store = shared_store(tmp_path / "t", states, FROZEN)
+    assert set(store.shared) == FROZEN
+    kept = {name.removeprefix("constant.") for shard in store.shards for name in shard}
+    assert kept == {"tokens", "bn.num_batches_tracked"}  # each shard, once for each network
+    assert not {spec.name for spec in store.layout.generated} & FROZEN
+    for i, state in enumerate(states):
+        assert same_bits(store.state(i), state)
+
+
+def test_a_frozen_tensor_that_differs_or_is_not_finite_is_refused(tmp_path):
+    states = [network(seed) for seed in range(2)]
+    with pytest.raises(LayoutError, match=r"conv\.weight is frozen but not the same in all networks"):
+        shared_store(tmp_path / "t", states, {"conv.weight"})
+    broken: list[State] = [{**state, "bn.weight": torch.full((6,), torch.nan)} for state in states]
+    with pytest.raises(LayoutError, match=r"bn\.weight holds NaN"):
+        shared_store(tmp_path / "t", broken, {"bn.weight"})
 
 
 def test_rows_are_those_of_whole_networks(tmp_path, monkeypatch):
@@ -282,3 +319,20 @@ def test_tokens_of_another_shape_are_refused(tmp_path):
     other = Layout(store.layout.specs, 32, "layer")
     with pytest.raises(LayoutError, match="this layout needs"):
         other.ungrid(store.network(0))
+
+
+# --- alignment --------------------------------------------------------------------------------------------------------
+
+
+def test_independent_starts_are_aligned_unless_the_recipe_says_otherwise():
+    groups = (units("a", 4, ["w"], ["v"]),)
+    cases = {("auto", True): groups, ("auto", False): (), ("none", True): (), ("weight-matching", False): groups}
+    for (align, independent), expected in cases.items():
+        config = TokensConfig.model_validate({"align": align})
+        assert config.exchanged(groups, independent=independent) == expected
+    assert TokensConfig().exchanged((), independent=True) == ()
+
+
+def test_weight_matching_without_anything_to_match_is_refused():
+    with pytest.raises(RecipeError, match=r"no hidden units of these networks are known to be exchangeable"):
+        TokensConfig(align="weight-matching").exchanged((), independent=True)

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from rpgcli import artifact, rng, training
 from rpgcli.artifact import Artifact, Draft
@@ -163,6 +165,94 @@ def test_metrics_hold_the_mean_loss_since_the_last_line(tmp_path):
     expected = [sum(losses[a:b]) / (b - a) for a, b in [(0, 3), (3, 6), (6, 8)]]
     assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-12)  # summed in float64
     assert [line["learning_rate"] for line in lines] == [learning_rate(CONFIG, s - 1) for s in (3, 6, 8)]
+
+
+# --- a loss in parts --------------------------------------------------------------------------------------------------
+
+
+def in_parts(net: nn.Module, given: list[float]) -> Callable[[int], Iterator[Tensor]]:
+    """Half of a batch and then the other; their losses go into `given`."""
+
+    def loss(step: int) -> Iterator[Tensor]:
+        x = torch.randn(6, 3, generator=rng.stream(0, "batch", step)).to(next(net.parameters()))
+        for part in x.split(3):
+            value = (net(part) - part[:, :2]).square().mean() / 2
+            given.append(float(value.detach()))
+            yield value
+
+    return loss
+
+
+def test_the_parts_of_a_loss_make_one_step_on_their_sum():
+    whole, parts = (Trainer(model().double().eval(), CONFIG) for _ in range(2))  # eval: batch norm mixes no vectors
+    for step in range(4):
+        whole.advance(torch.stack(list(in_parts(whole.model, [])(step))).sum())
+        parts.advance(in_parts(parts.model, [])(step))
+    torch.testing.assert_close(parts.model.state_dict(), whole.model.state_dict(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(parts.window, whole.window, rtol=1e-12, atol=0)
+
+
+def test_a_run_in_parts_goes_on_bit_for_bit_and_logs_their_sum(tmp_path):
+    losses: list[float] = []
+
+    def train_in_parts(target: Path, on_step: OnStep = silent) -> Artifact:
+        def body(draft: Draft) -> Mapping[str, Any]:
+            net = model()
+            fitted = fit(net, in_parts(net, losses), CONFIG, draft, dtype=torch.float32, on_step=on_step)
+            draft.save_tensors("model.safetensors", fitted.state_dict())
+            return {}
+
+        return make(target, body, resume=True)
+
+    whole = train_in_parts(tmp_path / "whole")
+    lines = [json.loads(line) for line in whole.file(METRICS).read_text().splitlines()]
+    assert len(losses) == 2 * CONFIG.num_steps
+    assert [line["loss"] for line in lines] == pytest.approx(
+        [sum(losses[4 * i : 4 * i + 4]) / 2 for i in range(4)], rel=1e-12
+    )
+    for stop in (1, 3, 5):
+        with pytest.raises(Interrupted):
+            train_in_parts(tmp_path / str(stop), stop_after(stop))
+        assert train_in_parts(tmp_path / str(stop)).id == whole.id
+
+
+def test_the_graph_of_a_part_is_gone_before_the_next_is_made(tmp_path):
+    """And each part is made under autocast, its backward pass not."""
+
+    class Saved:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+            alive.add(self)
+
+    def unpack(saved: Saved) -> Tensor:
+        under_autocast.append(("backward", torch.is_autocast_enabled("cpu")))
+        return saved.tensor
+
+    alive: weakref.WeakSet[Saved] = weakref.WeakSet()
+    under_autocast: list[tuple[str, bool]] = []
+    counts: list[int] = []
+
+    def body(draft: Draft) -> Mapping[str, Any]:
+        net = model()
+        inner = loss_of(net)
+
+        def loss(step: int) -> Iterator[Tensor]:
+            for _ in range(3):
+                counts.append(len(alive))
+                under_autocast.append(("forward", torch.is_autocast_enabled("cpu")))
+                with saved_tensors_hooks(Saved, unpack):
+                    value = inner(step)
+                counts.append(len(alive))
+                yield value
+
+        one = TrainingConfig(num_steps=1, ema_decay=0.0)
+        fit(net, loss, one, draft, dtype=torch.bfloat16, on_step=silent)
+        return {}
+
+    make(tmp_path / "rpg", body)
+    assert counts[1] > 0
+    assert counts == [0, counts[1]] * 3
+    assert set(under_autocast) == {("forward", True), ("backward", False)}
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------

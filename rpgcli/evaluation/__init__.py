@@ -1,5 +1,6 @@
 """Judging generated networks: groups, comparisons, verdict, report."""
 
+from rpgcli.collection import OptimiserConfig
 from rpgcli.config import Config
 from rpgcli.methods.baselines import MlpSetting
 
@@ -14,5 +15,7 @@ class EvaluateConfig(Config):
         MlpSetting(width=1024, num_steps=3000, weight_decay=1e-1),
     )
     """Settings of the MLP regression that are tried; together they should take as long as the generator trained."""
+    finetune: OptimiserConfig = OptimiserConfig(optimiser="adamw", epochs=1, batch_size=64, learning_rate=1e-4)
+    """How the trained networks of the baseline `finetuned` are trained a little further."""
     seed: int = 0
     """Of the baselines that draw random numbers."""

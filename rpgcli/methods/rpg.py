@@ -10,13 +10,23 @@ Letters: B networks, L tokens, D = token_dim, M = d_model, K = B * L tokens in o
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt
 from torch import Tensor, nn
 
 from rpgcli import rng
-from rpgcli.conditions import ConditionKind, StateKind, TaskBits, state_indices
+from rpgcli.conditions import (
+    Condition,
+    ConditionKind,
+    ConditionNet,
+    Levels,
+    StateKind,
+    asked_of,
+    check_levels,
+    state_indices,
+)
 from rpgcli.config import Config
 from rpgcli.cores import CoreConfig
 from rpgcli.cores.mamba2 import Mamba2Config
@@ -24,23 +34,9 @@ from rpgcli.denoisers import DenoiserConfig
 from rpgcli.denoisers.mlp import MlpDenoiserConfig
 from rpgcli.diffusion import Diffusion, DiffusionConfig
 from rpgcli.positions import PositionKind, position_embedding
-from rpgcli.samplers import DdimConfig, SamplerConfig
-from rpgcli.tasks import bits_tensor
+from rpgcli.samplers import SamplerConfig, SelectionConfig
 from rpgcli.tokens import TokenStore
 from rpgcli.training import TrainingConfig
-
-
-class SelectionConfig(Config):
-    """What is tried on validation tasks to choose how the trained model is sampled."""
-
-    num_tasks: PositiveInt = 102
-    """Validation tasks looked at, at most."""
-    samplers: tuple[SamplerConfig, ...] = (DdimConfig(),)
-    """Samplers tried."""
-    num_steps: tuple[PositiveInt, ...] = (2, 5, 10)
-    """Numbers of steps tried."""
-    temperatures: tuple[NonNegativeFloat, ...] = (0.0, 0.5, 1.0)
-    """Scales of the starting noise tried; 0 starts at the centre."""
 
 
 class RpgConfig(Config):
@@ -52,6 +48,8 @@ class RpgConfig(Config):
     """Position embedding: tensor and token number (`2d`), running number, learned, or none."""
     condition: ConditionKind = "auto"
     """What enters every token; `auto`: the task bits where the zoo has them."""
+    levels: Annotated[Levels, AfterValidator(check_levels)] = ()
+    """Ranges of validation accuracy that `accuracy-level` tells apart: [[0.5, 0.7], [0.9, 1]]."""
     state: StateKind = "run"
     """Permutation state: one for each independent training, for each checkpoint (the paper's), or none."""
     core: CoreConfig = Field(default_factory=Mamba2Config, discriminator="kind")
@@ -76,7 +74,7 @@ class RPG(nn.Module):
         tensor_index: Tensor number of each token, (L,).
         token_index: Token number inside its tensor, (L,).
         token_dim: Slots D of a token.
-        num_bits: Length of the task bits, 0 for an unconditional model.
+        num_features: Of the condition, 0 for an unconditional model.
         num_states: Rows of the table of permutation states, 0 for none.
     """
 
@@ -87,7 +85,7 @@ class RPG(nn.Module):
         token_index: Tensor,
         *,
         token_dim: int,
-        num_bits: int,
+        num_features: int,
         num_states: int,
     ) -> None:
         super().__init__()
@@ -98,27 +96,27 @@ class RPG(nn.Module):
             self.register_parameter("position", nn.Parameter(position))
         else:
             self.register_buffer("position", position)
-        self.condition = TaskBits(num_bits, d_model) if num_bits else None
+        self.condition = ConditionNet(num_features, d_model) if num_features else None
         self.state = nn.Embedding(num_states, d_model) if num_states > 1 else None
         self.core = config.core.build()
         self.denoiser = config.denoiser.build(token_dim, self.core.out_dim)
         self.diffusion = Diffusion(config.diffusion)
 
-    def prototypes(self, bits: Tensor | None, state: Tensor | None) -> Tensor:
+    def prototypes(self, features: Tensor | None, state: Tensor | None) -> Tensor:
         """Run the core.
 
         Args:
-            bits: Task bits, (B, num_bits); None for an unconditional model.
+            features: Of the condition, (B, C); None for an unconditional model.
             state: Permutation states, (B,); negative or None adds none.
 
         Returns:
             One prototype per token, (B, L, core.out_dim).
         """
-        num = next((len(x) for x in (bits, state) if x is not None), 1)
+        num = next((len(x) for x in (features, state) if x is not None), 1)
         e = self.position.expand(num, -1, -1)  # (B, L, M)
         if self.condition is not None:
-            assert bits is not None, "a conditional model needs task bits"
-            e = e + self.condition(bits)[:, None]
+            assert features is not None, "a conditional model needs its features"
+            e = e + self.condition(features)[:, None]
         if self.state is not None and state is not None:
             e = e + self.state(state.clamp(min=0))[:, None] * (state >= 0)[:, None, None]
         return self.core(e)  # type: ignore[no-any-return]
@@ -127,7 +125,7 @@ class RPG(nn.Module):
         self,
         x_0: Tensor,
         mask: Tensor,
-        bits: Tensor | None,
+        features: Tensor | None,
         state: Tensor | None,
         token: Tensor,
         generator: torch.Generator,
@@ -137,12 +135,12 @@ class RPG(nn.Module):
         Args:
             x_0: Standardised tokens, (K, D).
             mask: Their learned slots, (K, D).
-            bits: Task bits of the B networks.
+            features: Condition of the B networks.
             state: Their permutation states.
             token: Which of the B * L tokens these are, (K,).
             generator: Noise and times.
         """
-        c = self.prototypes(bits, state).flatten(0, 1)[token]  # (K, M)
+        c = self.prototypes(features, state).flatten(0, 1)[token]  # (K, M)
         return self.diffusion.loss(self.denoiser, x_0, c, mask, generator)
 
     @torch.no_grad()
@@ -173,25 +171,26 @@ class RPG(nn.Module):
         return sampler.sample(self.diffusion, lambda x_t, t: self.denoiser(x_t, t, e), x_T, num_steps, noise, mask)
 
 
-def build(config: RpgConfig, store: TokenStore, num_bits: int) -> RPG:
+def build(config: RpgConfig, store: TokenStore, condition: Condition | None) -> RPG:
     """The model for a token store, initialised from its seed."""
     states = state_indices(store.checkpoints, config.state)
     tensor_index, token_index = store.layout.indices()
     with rng.initialising(config.seed, "rpg"):
         return RPG(
             config, tensor_index, token_index,
-            token_dim=store.layout.token_dim, num_bits=num_bits, num_states=int(states.max()) + 1,
+            token_dim=store.layout.token_dim, num_features=condition.num_features if condition else 0,
+            num_states=int(states.max()) + 1,
         )  # fmt: skip
 
 
-def make_loss(model: RPG, config: RpgConfig, store: TokenStore, device: torch.device) -> Callable[[int], Tensor]:
+def make_loss(
+    model: RPG, config: RpgConfig, store: TokenStore, condition: Condition | None, device: torch.device
+) -> Callable[[int], Tensor]:
     """The loss of step s: a batch of checkpoints, some of their tokens, noise, all drawn from streams named by s."""
     num_tokens = store.layout.num_tokens
     batch_size = config.training.batch_size
     states = state_indices(store.checkpoints, config.state)
-    bits = (
-        bits_tensor([str(c["task_bits"]) for c in store.checkpoints]).float() if model.condition is not None else None
-    )
+    features = condition.features([asked_of(c) for c in store.checkpoints]) if condition is not None else None
 
     learned = store.statistics.varies.any(1).nonzero().flatten()  # Tokens of frozen tensors teach nothing.
     candidates = (torch.arange(batch_size)[:, None] * num_tokens + learned).flatten()
@@ -206,7 +205,7 @@ def make_loss(model: RPG, config: RpgConfig, store: TokenStore, device: torch.de
         x_0 = store.rows(batch[token // num_tokens], row)  # (K, D)
         return model.loss(
             x_0.to(device, non_blocking=True), store.statistics.varies[row].to(device),
-            None if bits is None else bits[batch].to(device), states[batch].to(device), token.to(device),
+            None if features is None else features[batch].to(device), states[batch].to(device), token.to(device),
             rng.stream(config.seed, "noise", step),
         )  # fmt: skip
 

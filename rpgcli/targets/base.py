@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rpgcli.alignment import Group
 from rpgcli.config import Config
 
 Size = tuple[int, int]
@@ -31,6 +32,14 @@ class Target(Config):
 
         Its initial parameters come from the global generator: call this inside `rng.initialising`.
         """
+
+    def symmetries(self, network: nn.Module) -> tuple[Group, ...]:
+        """Hidden units that can be exchanged without changing what `network` computes, from input to output.
+
+        Args:
+            network: As built by this target; `meta` will do. Where no symmetry is known there are no groups.
+        """
+        return ()
 
 
 def prepare(x: Tensor, input_size: Size) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from rpgcli.alignment import Group, units
 from rpgcli.targets.base import Size, Target
 
 POOLED = 2  # the last feature map is averaged to 2 x 2, so the number of parameters does not depend on the images' size
@@ -32,6 +33,20 @@ class CnnConfig(Target):
     def build(self, channels: int, size: Size, num_outputs: int) -> nn.Module:
         """The network; see `Target.build`."""
         return Cnn(channels, self.width, self.hidden, num_outputs)
+
+    def symmetries(self, network: nn.Module) -> tuple[Group, ...]:
+        """Channels and hidden units, all behind ReLU; see `Target.symmetries`."""
+        w = self.width
+        chain = [
+            ("c1", "c2", w, 1),
+            ("c2", "c3", 2 * w, 1),
+            ("c3", "fc", 2 * w, POOLED**2),
+            ("fc", "head", self.hidden, 1),
+        ]
+        return tuple(
+            units(layer, n, own := [f"{layer}.weight", f"{layer}.bias"], [f"{after}.weight"], repeat=repeat, scaled=own)
+            for layer, after, n, repeat in chain
+        )
 
 
 class Cnn(nn.Module):

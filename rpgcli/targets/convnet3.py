@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from rpgcli.alignment import Group, units
 from rpgcli.targets.base import Size, Target
 
 NUM_BLOCKS = 3
@@ -34,6 +35,18 @@ class ConvNet3Config(Target):
     def build(self, channels: int, size: Size, num_outputs: int) -> nn.Module:
         """The network; see `Target.build`."""
         return ConvNet3(channels, self.width, self.input_size(size), num_outputs)
+
+    def symmetries(self, network: nn.Module) -> tuple[Group, ...]:
+        """Channels, scaled by their norm's weight and bias; see `Target.symmetries`."""
+        groups = []
+        for i in range(NUM_BLOCKS):
+            conv, norm = ([f"blocks.{i}.{k}.weight", f"blocks.{i}.{k}.bias"] for k in (0, 1))
+            after, repeat = f"blocks.{i + 1}.0.weight", 1
+            if i + 1 == NUM_BLOCKS:
+                after = "head.weight"
+                repeat = network.get_parameter(after).shape[1] // self.width
+            groups.append(units(f"blocks.{i}", self.width, [*conv, *norm], [after], repeat=repeat, scaled=norm))
+        return tuple(groups)
 
 
 class ConvNet3(nn.Module):

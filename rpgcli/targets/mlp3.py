@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
+from rpgcli.alignment import Group, units
 from rpgcli.targets.base import Size, Target
 
 
@@ -31,6 +32,15 @@ class Mlp3Config(Target):
     def build(self, channels: int, size: Size, num_outputs: int) -> nn.Module:
         """The network; see `Target.build`."""
         return Mlp3((channels * size[0] * size[1], *self.hidden, num_outputs), self.first_bias)
+
+    def symmetries(self, network: nn.Module) -> tuple[Group, ...]:
+        """Hidden units, all behind ReLU; see `Target.symmetries`."""
+        groups = []
+        for i, n in enumerate(self.hidden):
+            layer, after = f"layers.{2 * i}", f"layers.{2 * i + 2}"
+            own = [f"{layer}.weight", f"{layer}.bias"] if i or self.first_bias else [f"{layer}.weight"]
+            groups.append(units(layer, n, own, [f"{after}.weight"], scaled=own))
+        return tuple(groups)
 
 
 class Mlp3(nn.Module):

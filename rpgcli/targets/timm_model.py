@@ -6,12 +6,14 @@ Only the architecture comes from here: nothing is downloaded, and pretrained wei
 import difflib
 import re
 from functools import cache
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from rpgcli.alignment import Axis, Group, fits, places, units
 from rpgcli.errors import DataError, RecipeError
 from rpgcli.targets.base import Size, Target
 from rpgcli.targets.torchvision_shim import import_torchvision
@@ -74,6 +76,18 @@ class TimmConfig(Target):
             ) from error
         return model
 
+    def symmetries(self, network: nn.Module) -> tuple[Group, ...]:
+        """Of ResNets and vision transformers without extras; see `Target.symmetries`."""
+        models = import_timm().models
+        families = {models.ResNet: _resnet_groups, models.VisionTransformer: _vit_groups}
+        if type(network) not in families:
+            return ()
+        groups = families[type(network)](network)
+        state = network.state_dict()
+        covered = {axis.name for group in groups for axis in group.axes} | {"fc.bias", "head.bias"}
+        extras = {name for name in state if name not in covered and not name.endswith("num_batches_tracked")}
+        return tuple(groups) if fits(groups, state) and not extras else ()
+
     def published(self, channels: int, size: Size, num_outputs: int) -> dict[str, Tensor]:
         """timm's published weights, adapted by timm to these channels; the head stays fresh. May fetch them."""
         timm = import_timm()
@@ -88,6 +102,76 @@ class TimmConfig(Target):
             ) from None
         weights: dict[str, Tensor] = model.state_dict()
         return weights
+
+
+# --- symmetries -------------------------------------------------------------------------------------------------------
+
+VIT_ROWS = re.compile(
+    r"patch_embed\.proj\.(weight|bias)|(norm_pre|norm|fc_norm)\.(weight|bias)"
+    r"|blocks\.\d+\.((norm[12]|attn\.proj|mlp\.fc2)\.(weight|bias)|ls[12]\.gamma)"
+)
+"""Tensors of a vision transformer with a row for each channel of the residual stream."""
+VIT_COLUMNS = re.compile(r"(blocks\.\d+\.(attn\.qkv|mlp\.fc1)|head)\.weight")
+"""Those with a column for each."""
+VIT_TOKENS = re.compile(r"cls_token|reg_token|pos_embed")
+"""Those of shape (1, tokens, channels)."""
+
+
+def _resnet_groups(network: Any) -> list[Group]:
+    """Channels of a ResNet of basic or bottleneck blocks.
+
+    Everything that is added up shares one order, a stream, up to the next shortcut with a convolution. The channels
+    between the convolutions of a block are free, and scaled by their batch norm where ReLU follows.
+    """
+    sizes = {name: len(value) for name, value in network.state_dict().items() if value.dim()}
+
+    def convolution(conv: str, norm: str) -> list[str]:
+        return [f"{conv}.weight", *(f"{norm}.{k}" for k in ("weight", "bias", "running_mean", "running_var"))]
+
+    streams, inner = [], []
+    name, entering, leaving = "conv1", convolution("conv1", "bn1"), []
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        for i, block in enumerate(getattr(network, stage)):
+            at = f"{stage}.{i}"
+            numbers = [n for n in (1, 2, 3) if f"{at}.conv{n}.weight" in sizes]
+            for n, after in pairwise(numbers):
+                own = convolution(f"{at}.conv{n}", f"{at}.bn{n}")
+                scaled = own[1:3] if type(getattr(block, f"act{n}")) is nn.ReLU else ()
+                inner.append(units(f"{at}.conv{n}", sizes[own[0]], own, [f"{at}.conv{after}.weight"], scaled=scaled))
+            leaving.append(f"{at}.conv1.weight")
+            if block.downsample is not None:
+                leaving.append(f"{at}.downsample.0.weight")
+                streams.append(units(name, sizes.get(entering[0], 0), entering, leaving))
+                name, entering, leaving = at, convolution(f"{at}.downsample.0", f"{at}.downsample.1"), []
+            entering += convolution(f"{at}.conv{numbers[-1]}", f"{at}.bn{numbers[-1]}")
+    return [*streams, units(name, sizes.get(entering[0], 0), entering, [*leaving, "fc.weight"]), *inner]
+
+
+def _vit_groups(network: Any) -> list[Group]:
+    """Channels of a vision transformer's residual stream, its attention heads, and the hidden units of its MLPs."""
+    state = network.state_dict()
+    one = places(network.embed_dim)
+    dims = {
+        name: dim
+        for dim, rule in enumerate((VIT_ROWS, VIT_COLUMNS, VIT_TOKENS))
+        for name in state
+        if rule.fullmatch(name)
+    }
+    groups = [Group("stream", (tuple(Axis(name, dim, one) for name, dim in dims.items()),))]
+    for i, block in enumerate(network.blocks):
+        attention, mlp = f"blocks.{i}.attn", f"blocks.{i}.mlp"
+        if f"{attention}.proj.weight" not in state or f"{mlp}.fc2.weight" not in state:
+            return []
+        n, hidden = (state[f"{layer}.weight"].shape[1] for layer in (f"{attention}.proj", f"{mlp}.fc2"))
+        qkv = [name for name in (f"{attention}.qkv.weight", f"{attention}.qkv.bias") if name in state]
+        query_key = torch.cat([places(n), places(n, start=n)], 1)  # (n, 2)
+        tracks = (
+            tuple(Axis(name, 0, query_key) for name in qkv),
+            (*(Axis(name, 0, places(n, start=2 * n)) for name in qkv), Axis(f"{attention}.proj.weight", 1, places(n))),
+        )
+        groups.append(Group(attention, tracks, block.attn.num_heads))
+        groups.append(units(mlp, hidden, [f"{mlp}.fc1.weight", f"{mlp}.fc1.bias"], [f"{mlp}.fc2.weight"]))
+    return groups
 
 
 def _check_forward(model: nn.Module, channels: int, size: Size, num_outputs: int) -> None:

@@ -1,0 +1,346 @@
+"""Subsets of a network's parameters: how they are named, and how the network around them is computed only once.
+
+p-diff learns a few layers of a large network. All its checkpoints share the rest, so what the rest makes of an image
+before the subset enters is the same for every checkpoint: it is computed once and kept.
+
+Letters: N networks, n images of a split, B images in a batch, O outputs.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from rpgcli.errors import UsageError, nearest
+from rpgcli.problem import VALUES_AT_ONCE, Problem, Split, State
+from rpgcli.targets.timm_model import suggest
+
+logger = logging.getLogger(__name__)
+
+MAX_KEPT_BYTES = 2**30
+"""Activations of all images together; what needs more is computed again each time."""
+NUM_PROBES = 7
+"""Images on which the graph is explored; a number that no other axis is likely to have."""
+EXPECTED = (
+    "Expected names of parameters or modules (head, head.weight), globs (*.norm?.*), or roles: conv, linear, norm, "
+    "shortcut, each with :first, :last2, :3 or :3-5 where not all are meant, or all."
+)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def _has_own(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
+
+
+ROLES: dict[str, Callable[[str, nn.Module], bool]] = {
+    "conv": lambda _, module: isinstance(module, _ConvNd),
+    "linear": lambda _, module: isinstance(module, nn.Linear),
+    "norm": lambda _, module: "norm" in type(module).__name__.lower() and _has_own(module),
+    "shortcut": lambda name, _: name.rpartition(".")[2] in {"downsample", "shortcut"},
+}
+"""What a layer of each role is, by its name and module; layers without parameters do not count."""
+
+
+def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Names of the parameters that any of the patterns means, in state-dict order.
+
+    Args:
+        model: The whole network, `meta` tensors suffice.
+        patterns: Names of parameters or modules, globs over names of parameters, roles of layers with an optional range
+            (`norm:last2`, `conv:first`, `norm:3-5` counted from 1 in module order), or `all`.
+
+    Raises:
+        UsageError: If a pattern means nothing, or nothing that is trained.
+    """
+    trained = [name for name, value in model.named_parameters() if value.requires_grad]
+    found = {name for pattern in patterns for name in _meant(model, pattern, trained)}
+    if not found:
+        raise UsageError("collect.parameters names nothing, so nothing would be trained.", EXPECTED)
+    return [name for name in trained if name in found]
+
+
+def _meant(model: nn.Module, pattern: str, trained: Sequence[str]) -> list[str]:
+    if pattern == "all":
+        return list(trained)
+    role, colon, which = pattern.partition(":")
+    modules = [pattern]
+    if role in ROLES:
+        modules = _range(pattern, which if colon else "1-", [
+            name for name, module in model.named_modules()
+            if ROLES[role](name, module) and next(module.parameters(), None) is not None
+        ])  # fmt: skip
+    elif colon:
+        raise UsageError(f"collect.parameters: unknown role {role!r}{nearest(role, ROLES)}", EXPECTED)
+
+    def means(name: str) -> bool:
+        return fnmatchcase(name, pattern) or any(name.startswith(f"{module}.") for module in modules)
+
+    found = [name for name in trained if means(name)]
+    if not found and any(map(means, model.state_dict())):
+        raise UsageError(
+            f"collect.parameters: {pattern!r} names only statistics and constants, so nothing would be trained.",
+            EXPECTED,
+        )
+    if not found:
+        known = dict.fromkeys(name[:end] for name in trained for end in (*_dots(name), len(name)))
+        raise UsageError(
+            f"collect.parameters: no parameter of the network is named {pattern!r}{suggest(pattern, list(known))}",
+            EXPECTED,
+            f"The network has {len(trained)} tensors of parameters, from {trained[0]} to {trained[-1]}.",
+        )
+    return found
+
+
+def _range(pattern: str, which: str, layers: list[str]) -> list[str]:
+    """The layers of a role that `first`, `last2`, `3`, `3-5` or `1-` (all) mean."""
+    match = re.fullmatch(r"(first|last)([1-9]\d*)?|([1-9]\d*)(?:(-)(\d*))?", which)
+    if match is None:
+        raise UsageError(f"collect.parameters: {pattern!r} has an unknown range {which!r}.", EXPECTED)
+    side, num, first, dash, last = match.groups()
+    start, stop = int(first or 1), int(last or (len(layers) if dash else first or 1))
+    if side is not None:
+        start, stop = 1, int(num or 1)
+    if not start <= stop <= len(layers):
+        raise UsageError(
+            f"collect.parameters: {pattern!r} does not fit the {len(layers)} layers of this role that the network has.",
+            *([f"They are {', '.join(layers[:3])} to {layers[-1]}."] if layers else []),
+            EXPECTED,
+        )
+    return layers[-stop:] if side == "last" else layers[start - 1 : stop]
+
+
+def _dots(name: str) -> Iterator[int]:
+    return (match.start() for match in re.finditer(r"\.", name))
+
+
+# --- the tail ---------------------------------------------------------------------------------------------------------
+
+
+class Kept:
+    """The forward pass of a module that does not depend on the subset: computed, or given back.
+
+    Args:
+        module: Its forward pass is replaced.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.given: Tensor | None = None
+        """What the module answers without computing anything."""
+        self.needed = True
+        """Whether anything that depends on the subset reads it."""
+        self.computed = torch.empty(0)
+        """What the module answered last, where it is needed."""
+        self._compute = module.forward
+        module.forward = self._forward
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.given is not None:
+            return self.given
+        y: Tensor = self._compute(*args, **kwargs)
+        if self.needed:
+            self.computed = y.detach().clone()  # The network may go on to change it in place.
+        return y
+
+
+def _quicken(module: nn.Module) -> None:
+    """Let a convolution over a map of one pixel read the one place of its kernel that meets it: 30 times faster.
+
+    The last maps of networks made for larger images are that small, and the rest of the kernel meets padding.
+    """
+    if type(module) is not nn.Conv2d or module.groups > 1 or module.padding_mode != "zeros":
+        return
+    conv, compute = module, module.forward
+    centre = [p for p in conv.padding if isinstance(p, int)]
+    if conv.kernel_size != tuple(2 * p + 1 for p in centre):
+        return
+
+    def forward(x: Tensor) -> Tensor:
+        if tuple(x.shape[-2:]) != (1, 1):
+            return compute(x)
+        return F.linear(x.flatten(1), conv.weight[:, :, centre[0], centre[1]], conv.bias)[:, :, None, None]
+
+    conv.forward = forward  # type: ignore[method-assign, assignment]
+
+
+class Tail:
+    """One network of which only a subset changes: the frozen rest is in evaluation mode and computed once.
+
+    Autograd finds the boundary: with gradients for the subset alone, a module whose output needs none does not depend
+    on it. The topmost such modules are replaced by what they answered, row by row; whatever the network does between
+    them it does as before. Where that cannot be (the subset reads the images themselves, or the activations need too
+    much memory) every forward pass is a whole one.
+
+    Args:
+        problem: Images and target.
+        base: State dict of the whole network.
+        names: The subset's parameters.
+
+    Raises:
+        UsageError: If the network's outputs do not depend on the subset.
+    """
+
+    def __init__(self, problem: Problem, base: State, names: Sequence[str]) -> None:
+        self.problem = problem
+        self.model = problem.build("reference")
+        for module in self.model.modules():
+            _quicken(module)
+        self.model.load_state_dict(dict(base), strict=True)
+        self.model.eval().requires_grad_(False)
+        self.values = {name: self.model.get_parameter(name).requires_grad_() for name in names}
+        self._base = self.snapshot()[0]
+        self._kept: list[Kept] = []
+        self._rows: dict[Split, list[Tensor]] = {}  # Activations of each split, (n, ...), one for each needed module.
+        self._explore()
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether activations are kept."""
+        return bool(self._kept)
+
+    def parameters(self) -> list[Tensor]:
+        """What is trained."""
+        return list(self.values.values())
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """Logits (1, B, O) of images (1, B, C, H, W), or of the training images with numbers (1, B)."""
+        return (self.model(x[0]) if x.is_floating_point() else self.logits("train", x[0]))[None]
+
+    def logits(self, split: Split, index: Tensor) -> Tensor:
+        """Logits (B, O) of the images of a split at `index`, (B,), not augmented."""
+        if not self._kept:
+            return self.model(self.problem.images(split, index))  # type: ignore[no-any-return]
+        if split not in self._rows:
+            self._rows[split] = self._activations(split)
+        index = index.to(self.problem.device)
+        return self._give([rows[index] for rows in self._rows[split]])
+
+    def snapshot(self) -> list[dict[str, Tensor]]:
+        """The subset, copied."""
+        return [{name: value.detach().cpu().clone() for name, value in self.values.items()}]
+
+    def reset(self) -> None:
+        """Set the subset to what it is in the base network."""
+        self.load(self._base)
+
+    @torch.no_grad()
+    def load(self, state: State) -> None:
+        """Set the subset; other tensors of `state` are not looked at."""
+        for name, value in self.values.items():
+            value.copy_(state[name])
+
+    @torch.no_grad()
+    def predictions(self, states: Sequence[State], split: Split) -> Tensor:
+        """Class that the network gives each image with each of N subsets, (N, n) int64."""
+        before, rows = self.snapshot()[0], []
+        for state in states:
+            self.load(state)
+            rows.append(torch.cat([self.logits(split, i).argmax(-1) for i in self._chunks(split)]))
+        self.load(before)
+        return torch.stack(rows)
+
+    def accuracy(self, states: Sequence[State], bits: Sequence[str | None], split: Split) -> Tensor:
+        """Fraction of images answered right with each of N subsets, (N,) float64; see `Problem.accuracy`."""
+        return (self.predictions(states, split) == self.problem.labels(split, bits)).double().mean(1).cpu()
+
+    def _chunks(self, split: Split) -> tuple[Tensor, ...]:
+        values = 8 * self.problem.dataset.channels * math.prod(self.problem.input_size)  # 8: a first layer's channels
+        index: tuple[Tensor, ...] = torch.arange(self._num_images(split)).split(max(1, VALUES_AT_ONCE // values))
+        return index
+
+    def _num_images(self, split: Split) -> int:
+        return len(getattr(self.problem.dataset, split).labels)
+
+    @torch.no_grad()
+    def _activations(self, split: Split) -> list[Tensor]:
+        """What enters the tail for each image of a split, (n, ...) for each needed module."""
+        parts = []
+        for index in self._chunks(split):
+            self.model(self.problem.images(split, index))
+            parts.append([kept.computed for kept in self._kept if kept.needed])
+        return [torch.cat(part) for part in zip(*parts)]
+
+    def _give(self, rows: Sequence[Tensor], x: Tensor | None = None) -> Tensor:
+        """Logits where the needed modules answer `rows`, (B, ...) each; nobody reads what the others answer."""
+        size, rest = len(rows[0]), iter(rows)
+        if x is None:
+            x = rows[0].new_empty(size, self.problem.dataset.channels, *self.problem.input_size)
+        for kept in self._kept:
+            kept.given = next(rest) if kept.needed else kept.computed.new_empty(size, *kept.computed.shape[1:])
+        logits: Tensor = self.model(x)
+        for kept in self._kept:
+            kept.given = None
+        return logits
+
+    @torch.enable_grad()
+    def _explore(self) -> None:
+        """Find what to keep, and make sure that the tail computes what the whole network does."""
+        x = self.problem.images("train", torch.arange(min(NUM_PROBES, self._num_images("train"))))
+        self._kept = [Kept(module) for module in self._independent(x)]
+        reason = self._reason_against(x)
+        if reason:
+            for kept in self._kept:
+                kept.needed = False
+            self._kept = []
+            logger.info("activations before the subset are not kept: %s", reason)
+
+    def _independent(self, x: Tensor) -> list[nn.Module]:
+        """The topmost modules that answer one row for each image, independent of the subset."""
+        answers: dict[nn.Module, list[bool]] = {}
+
+        def look(module: nn.Module, _: object, y: object) -> None:
+            plain = isinstance(y, Tensor) and y.shape[:1] == x.shape[:1] and not y.requires_grad
+            answers.setdefault(module, []).append(plain)
+
+        hooks = [module.register_forward_hook(look) for module in self.model.modules()]
+        logits = self.model(x)
+        for hook in hooks:
+            hook.remove()
+        if not logits.requires_grad:
+            raise UsageError(
+                f"the network's outputs do not depend on {', '.join(list(self.values)[:3])}.",
+                "Choose other collect.parameters: these would never change.",
+            )
+
+        def topmost(module: nn.Module) -> Iterator[nn.Module]:
+            for child in module.children():
+                if answers.get(child) == [True]:  # One that is called several times has several answers.
+                    yield child
+                else:
+                    yield from topmost(child)
+
+        return list(dict.fromkeys(topmost(self.model)))
+
+    def _reason_against(self, x: Tensor) -> str:
+        """Mark which modules' answers are needed; why keeping them would not do, or nothing."""
+        if not self._kept:
+            return "the subset reads the images themselves"
+        with torch.no_grad():
+            self.model(x)
+        leaves = [x.clone().requires_grad_(), *(kept.computed.requires_grad_() for kept in self._kept)]
+        logits = self._give([leaf.clone() for leaf in leaves[1:]], leaves[0])
+        read: Sequence[Tensor | None] = torch.autograd.grad(logits.sum(), leaves, allow_unused=True)
+        if read[0] is not None:
+            return "the subset reads the images themselves"
+        for kept, gradient in zip(self._kept, read[1:]):
+            kept.needed, kept.computed = gradient is not None, kept.computed.detach()
+        needed = [kept.computed for kept in self._kept if kept.needed]
+        num_images = sum(self._num_images(split) for split in ("train", "validation", "test"))
+        num_bytes = num_images * sum(y[0].numel() * y.element_size() for y in needed)
+        if num_bytes > MAX_KEPT_BYTES:
+            return f"they would take {num_bytes / 2**20:.0f} MiB"
+        order = torch.arange(len(x)).flip(0).to(x.device)
+        with torch.no_grad():
+            self.load({name: 1.25 * value + 0.01 for name, value in self._base.items()})
+            found, expected = self._give([y[order] for y in needed]), self.model(x[order])
+            self.load(self._base)
+        agree = torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))  # Rounding only.
+        return "" if agree else "the network does not pass them on as they are"
