@@ -62,6 +62,7 @@ digits-tasks fashion-tasks: setup
 	    $(RPG) $$stage $$recipe --run runs/$@/seed-$$seed $$zoo --resume || exit $$?; \
 	  done; \
 	done
+	@$(VENV)/bin/python -m tests.bench.seeds $(SEEDS:%=runs/$@/seed-%/report/report.json)
 
 digits-resnet18: setup
 	@$(RPG) collect $@ --run runs/$@ --resume

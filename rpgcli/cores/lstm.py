@@ -1,7 +1,9 @@
 """The recurrent core as an LSTM (RPG's ablation of the core)."""
 
+from contextlib import nullcontext
 from typing import Literal
 
+import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
@@ -34,6 +36,7 @@ class LstmLayer(nn.Module):
         self.lstm = nn.LSTM(d_model, d_model, batch_first=True)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return the hidden state at every position."""
-        states: Tensor = self.lstm(h)[0]
+        """Return the hidden state at every position; float32 also under autocast: not every CPU has another LSTM."""
+        with nullcontext() if h.is_meta else torch.autocast(h.device.type, enabled=False):
+            states: Tensor = self.lstm(h.float())[0]
         return states
