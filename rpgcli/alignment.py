@@ -298,57 +298,64 @@ def invariants(state: State, groups: Sequence[Group]) -> Tensor:
     return torch.cat([axis.rows(tensors[axis.name]).norm(dim=1).sort().values for g in groups for axis in g.axes])
 
 
-def relocated_distances(
-    states: Sequence[State],
-    zoo: Sequence[State],
-    groups: Sequence[Group],
-    vector: Callable[[State], Tensor],
-    *,
-    may_be_near: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Distance of networks to the nearest of a zoo, whatever the order and scale of their hidden units.
+class Neighbours:
+    """A zoo in which the nearest of other networks is found, whatever the order and scale of their hidden units.
 
     All are brought to the zoo's first network, and each is then aligned to its five nearest by `invariants` as well:
     two networks that are alike but unlike the first may have been brought to it in different ways. So the number of
-    alignments grows with A + K. Sequences may read networks as they are asked for; only vectors are kept.
+    alignments grows with A + K.
 
     Args:
-        states: A networks, finite.
-        zoo: K networks, finite; the first is the one that `vector` was made for.
-        groups: Their symmetries, from input to output; none leaves the distance of networks as they are.
+        zoo: K networks, finite, read as they are asked for; the first is the one that `vector` was made for.
+        groups: Their symmetries, from input to output; none leaves networks as they are.
         vector: The coordinates of a network in which distances are measured, (p,) float32.
-        may_be_near: Which of the zoo counts as a neighbour of each network, (A, K) bool, at least one. Default: all.
-
-    Returns:
-        The distance, (A,) float64, and which of the zoo it is from, (A,).
     """
-    first = Aligner(zoo[0], groups)
-    x = torch.stack([vector(first(state).state) for state in states])  # (A, p)
-    y = torch.stack([vector(first(state).state) for state in zoo])  # (K, p)
-    forbidden = torch.zeros(len(x), len(y), dtype=torch.bool) if may_be_near is None else ~may_be_near
-    assert not forbidden.all(1).any(), "a network has no neighbour"
-    num_candidates = min(NUM_CANDIDATES, len(y))
 
-    # As they were brought to the first. The expansion of `cdist` loses digits: it only chooses candidates.
-    candidates = torch.cdist(x, y).masked_fill_(forbidden, torch.inf).topk(num_candidates, largest=False).indices
-    exact = torch.stack([(x - y[index]).double().norm(dim=1) for index in candidates.T], 1)  # (A, candidates)
-    exact.masked_fill_(forbidden.gather(1, candidates), torch.inf)
-    distance, best = exact.min(1)
-    nearest = candidates.gather(1, best[:, None])[:, 0]
-    if not groups:
+    def __init__(self, zoo: Sequence[State], groups: Sequence[Group], vector: Callable[[State], Tensor]) -> None:
+        self.zoo, self.groups, self.vector = zoo, groups, vector
+        self.first = Aligner(zoo[0], groups)
+        self.y = self._vectors(zoo)  # (K, p)
+        self.invariants = self._invariants(zoo)
+
+    def nearest(self, states: Sequence[State], *, may_be_near: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Find the nearest of the zoo.
+
+        Args:
+            states: A networks, finite.
+            may_be_near: Which of the zoo counts as a neighbour of each, (A, K) bool, at least one. Default: all.
+
+        Returns:
+            The distance, (A,) float64, and which of the zoo it is from, (A,).
+        """
+        x, y = self._vectors(states), self.y  # (A, p), (K, p)
+        forbidden = torch.zeros(len(x), len(y), dtype=torch.bool) if may_be_near is None else ~may_be_near
+        assert not forbidden.all(1).any(), "a network has no neighbour"
+        num_candidates = min(NUM_CANDIDATES, len(y))
+
+        # As they were brought to the first. The expansion of `cdist` loses digits: it only chooses candidates.
+        candidates = torch.cdist(x, y).masked_fill_(forbidden, torch.inf).topk(num_candidates, largest=False).indices
+        exact = torch.stack([(x - y[index]).double().norm(dim=1) for index in candidates.T], 1)  # (A, candidates)
+        exact.masked_fill_(forbidden.gather(1, candidates), torch.inf)
+        distance, best = exact.min(1)
+        nearest = candidates.gather(1, best[:, None])[:, 0]
+        if not self.groups:
+            return distance, nearest
+
+        # Each aligned to the most similar ones by what no permutation changes.
+        unit = self.invariants.std(0, correction=0)
+        unit = torch.where(unit > 0, unit, 1)
+        candidates = torch.cdist(self._invariants(states) / unit, self.invariants / unit)
+        candidates = candidates.masked_fill_(forbidden, torch.inf).topk(num_candidates, largest=False).indices
+        for j in candidates.unique().tolist():
+            to_it = Aligner(self.first(self.zoo[j]).state, self.groups)
+            for i in (candidates == j).any(1).nonzero()[:, 0].tolist():
+                found = (self.vector(to_it(states[i]).state) - y[j]).double().norm()
+                if found < distance[i] and not forbidden[i, j]:
+                    distance[i], nearest[i] = found, j
         return distance, nearest
 
-    # Each aligned to the most similar ones by what no permutation changes.
-    x_0 = torch.stack([invariants(state, groups) for state in states])
-    y_0 = torch.stack([invariants(state, groups) for state in zoo])
-    unit = y_0.std(0, correction=0)
-    unit = torch.where(unit > 0, unit, 1)
-    candidates = torch.cdist(x_0 / unit, y_0 / unit).masked_fill_(forbidden, torch.inf)
-    candidates = candidates.topk(num_candidates, largest=False).indices
-    for j in candidates.unique().tolist():
-        to_it = Aligner(first(zoo[j]).state, groups)
-        for i in (candidates == j).any(1).nonzero()[:, 0].tolist():
-            found = (vector(to_it(states[i]).state) - y[j]).double().norm()
-            if found < distance[i] and not forbidden[i, j]:
-                distance[i], nearest[i] = found, j
-    return distance, nearest
+    def _vectors(self, states: Sequence[State]) -> Tensor:
+        return torch.stack([self.vector(self.first(state).state) for state in states])
+
+    def _invariants(self, states: Sequence[State]) -> Tensor:
+        return torch.stack([invariants(state, self.groups) for state in states]) if self.groups else torch.zeros(0)

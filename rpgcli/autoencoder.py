@@ -9,6 +9,7 @@ C channels, F features that leave the convolutions.
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -197,16 +198,16 @@ def mlp(widths: tuple[int, ...], activation: nn.Module) -> nn.Sequential:
 # --- the autoencoders -------------------------------------------------------------------------------------------------
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(nn.Module, ABC):
     """`encode` and `decode`, both without noise."""
 
+    @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
         """Latents mu (B, Z) of parameters (B, P)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
         """Parameters (B, P) of latents (B, Z)."""
-        raise NotImplementedError
 
 
 class NoisyAutoencoder(Autoencoder):

@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from rpgcli import imports, rng
 from rpgcli.artifact import Draft, canonical, read_json, read_tensors, write_bytes, write_tensors
@@ -338,14 +338,14 @@ def blocks(problem: Problem, config: CollectConfig, plan: Sequence[Plan]) -> lis
     return [plan[i : i + size] for i in range(0, len(plan), size)]
 
 
-def subset(problem: Problem, config: CollectConfig) -> list[str]:
+def subset(model: nn.Module, config: CollectConfig) -> list[str]:
     """Names of the parameters that alone differ between the networks of a zoo; empty for whole networks.
 
     Raises:
         UsageError: If a pattern means nothing, or nothing that is trained.
     """
     patterns = config.patterns if config.kind == "trajectory" else ()
-    return select_parameters(problem.skeleton, patterns) if patterns else []
+    return select_parameters(model, patterns) if patterns else []
 
 
 def collect(
@@ -365,7 +365,7 @@ def collect(
         All networks with their facts.
     """
     plan = make_plan(problem, config, seed)
-    names = subset(problem, config)
+    names = subset(problem.skeleton, config)
     start: State | Tail | None
     if names:
         base = base_network(problem, config, seed, draft, download=download, on_step=on_step)

@@ -21,7 +21,8 @@ from rpgcli.conditions import Asked, Condition, parse_state
 from rpgcli.config import Config
 from rpgcli.errors import RpgError, UsageError
 from rpgcli.layout import Layout
-from rpgcli.samplers import DdimConfig, SamplerConfig
+from rpgcli.samplers import DdimConfig, Denoised, SamplerConfig
+from rpgcli.samplers import sample as denoise
 from rpgcli.tokens import Statistics, detokenize
 
 MANY = 20
@@ -69,24 +70,11 @@ class Sampling(Config):
     """Scale of the starting noise."""
 
 
-class Method(Protocol):
+class Method(Denoised, Protocol):
     """What `Generator` needs of a trained model."""
 
     def prototypes(self, features: Tensor | None, state: Tensor | None) -> Tensor:
         """Features (B, C) and permutation states (B,) to prototypes (B, R, M)."""
-        ...
-
-    def sample(
-        self,
-        c: Tensor,
-        x_T: Tensor,
-        mask: Tensor,
-        *,
-        sampler: SamplerConfig,
-        num_steps: int,
-        noise: Callable[[], Tensor],
-    ) -> Tensor:
-        """Denoise rows (K, D) given their prototypes (K, M)."""
         ...
 
 
@@ -141,8 +129,8 @@ class Generator:
 
         x_T = sampling.temperature * noise()  # (R, D)
         c = self.prototypes(asked, chosen)  # (R, M)
-        x_0 = model.method.sample(
-            c, x_T, model.mask, sampler=sampling.sampler, num_steps=sampling.num_steps, noise=noise
+        x_0 = denoise(
+            model.method, c, x_T, model.mask, sampler=sampling.sampler, num_steps=sampling.num_steps, noise=noise
         )  # (R, D)
         return self._decoded(x_0[None])[0], chosen
 
@@ -169,10 +157,10 @@ class Generator:
         """
         model = self.model
         state = detokenize(tokens, model.layout, model.statistics, model.constants)
-        for name, tensor in state.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        for spec in model.layout.generated:
+            if not bool(state[spec.name].isfinite().all()):
                 raise RpgError(
-                    f"a generated network has NaN or infinity in {name}.",
+                    f"a generated network has NaN or infinity in {spec.name}.",
                     "The model diverges when sampled: lower the temperature, take more steps, or train it longer.",
                 )
         return state
@@ -189,8 +177,8 @@ class Generator:
         mask = self.model.mask.repeat(len(asked), 1)  # (B * R, D)
         with torch.no_grad():
             c = self.model.method.prototypes(self.features(asked), states.to(self.device))
-        x_0 = self.model.method.sample(
-            c.flatten(0, 1), sampling.temperature * noise(), mask,
+        x_0 = denoise(
+            self.model.method, c.flatten(0, 1), sampling.temperature * noise(), mask,
             sampler=sampling.sampler, num_steps=sampling.num_steps, noise=noise,
         )  # fmt: skip
         return self._decoded(x_0.unflatten(0, (len(asked), -1)))

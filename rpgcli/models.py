@@ -1,9 +1,10 @@
 """Trained models on disk: what lies beside their weights, and how they are read to be sampled."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,62 +51,56 @@ def save_target(draft: Draft, store: TokenStore) -> None:
     draft.save_json("layout.json", store.layout.to_json())
 
 
-def just_trained(
-    name: MethodName, method: RPG | LatentDiffusion, condition: Condition | None, num_states: int, store: TokenStore,
-    *, mask: Tensor | None = None, decode: Callable[[Tensor], Tensor] = lambda x_0: x_0,
+def assemble(
+    method: RPG | LatentDiffusion, autoencoder: Autoencoder | None, condition: Condition | None, num_states: int,
+    layout: Layout, statistics: Statistics, constants: Mapping[str, Tensor],
 ) -> Model:  # fmt: skip
-    """A model that was just trained, ready to be sampled; RPG's samples are the tokens themselves."""
-    varies = store.statistics.varies if mask is None else mask
-    device = next(method.parameters()).device
-    return Model(
-        name, method.eval(), varies.to(device), decode, condition, num_states,
-        store.layout, store.statistics, store.constants(0),
-    )  # fmt: skip
-
-
-def decoder(autoencoder: Autoencoder, model: LatentDiffusion, layout: Layout) -> Callable[[Tensor], Tensor]:
-    """Standardised latents (B, 1, Z) to standardised tokens (B, L, D)."""
-    return lambda x_0: layout.grid(autoencoder.decode(model.scale.restore(x_0[:, 0])))
+    """A trained model with what turns its samples into networks: RPG's are the tokens, p-diff's are decoded."""
+    method.eval()
+    parts = (condition, num_states, layout, statistics, constants)
+    if isinstance(method, RPG):
+        return Model("rpg", method, statistics.varies.to(method.position.device), lambda x_0: x_0, *parts)
+    assert autoencoder is not None, "p-diff decodes with one"
+    decode, scale = autoencoder.eval().decode, method.scale
+    return Model("pdiff", method, method.mask, lambda x_0: layout.grid(decode(scale.restore(x_0[:, 0]))), *parts)
 
 
 def read_model(method: MethodName, trained: Artifact, device: torch.device) -> Model:
     """Load a trained model; everything it needs lies in its own folder."""
     facts = trained.facts
     layout = Layout.from_json(trained.json("layout.json"))
-    statistics = Statistics(**trained.tensors("statistics.safetensors"))
-    constants = trained.tensors("constants.safetensors")
     condition = condition_of(trained)
     num_features = condition.num_features if condition is not None else 0
-    weights = trained.tensors("model.safetensors")
+    model: RPG | LatentDiffusion
+    autoencoder = None
     if method == "rpg":
-        rpg_config = RpgConfig.model_validate_json(json.dumps(trained.section["rpg"]))
-        with rng.initialising(rpg_config.seed):
-            rpg = RPG(
-                rpg_config, *layout.indices(), token_dim=layout.token_dim,
+        rpg = RpgConfig.model_validate_json(json.dumps(trained.section["rpg"]))
+        with rng.initialising(rpg.seed):
+            model = RPG(
+                rpg, *layout.indices(), token_dim=layout.token_dim,
                 num_features=num_features, num_states=facts["num_states"],
             )  # fmt: skip
-        rpg.load_state_dict(weights, strict=True, assign=True)
-        rpg.to(device).eval()
-        varies = statistics.varies.to(device)
-        return Model("rpg", rpg, varies, lambda x: x, condition, facts["num_states"], layout, statistics, constants)
-    config = LatentDiffusionConfig.model_validate_json(json.dumps(trained.section["diffusion"]))
-    stage = AutoencoderStageConfig.model_validate_json(json.dumps(facts["autoencoder"]["autoencoder"]))
-    with rng.initialising(config.seed):
-        model = LatentDiffusion(config, latent_dim=facts["autoencoder"]["latent_dim"], num_features=num_features)
-    model.load_state_dict(weights, strict=True, assign=True)
-    model.to(device).eval()
-    autoencoder = build_autoencoder(stage, facts["autoencoder"]["num_parameters"])
-    autoencoder.load_state_dict(trained.tensors("autoencoder.safetensors"), strict=True, assign=True)
-    autoencoder.to(device).eval()
-    decode = decoder(autoencoder, model, layout)
-    return Model("pdiff", model, model.mask, decode, condition, 1, layout, statistics, constants)
+    else:
+        config = LatentDiffusionConfig.model_validate_json(json.dumps(trained.section["diffusion"]))
+        with rng.initialising(config.seed):
+            model = LatentDiffusion(config, latent_dim=facts["autoencoder"]["latent_dim"], num_features=num_features)
+        autoencoder = load_autoencoder(facts["autoencoder"], trained.tensors("autoencoder.safetensors"), device)
+    model.load_state_dict(trained.tensors("model.safetensors"), strict=True, assign=True)
+    statistics = Statistics(**trained.tensors("statistics.safetensors"))
+    constants = trained.tensors("constants.safetensors")
+    return assemble(model.to(device), autoencoder, condition, facts["num_states"], layout, statistics, constants)
 
 
 def read_autoencoder(found: Artifact, device: torch.device) -> Autoencoder:
-    """Load a trained autoencoder."""
-    config = AutoencoderStageConfig.model_validate_json(json.dumps(found.section["autoencoder"]))
-    model = build_autoencoder(config, found.facts["num_parameters"])
-    model.load_state_dict(found.tensors("model.safetensors"), strict=True)
+    """Load a trained autoencoder from its own folder."""
+    return load_autoencoder(found.section | found.facts, found.tensors("model.safetensors"), device)
+
+
+def load_autoencoder(described: Mapping[str, Any], weights: Mapping[str, Tensor], device: torch.device) -> Autoencoder:
+    """An autoencoder from its section and facts, and its weights."""
+    config = AutoencoderStageConfig.model_validate_json(json.dumps(described["autoencoder"]))
+    model = build_autoencoder(config, described["num_parameters"])
+    model.load_state_dict(weights, strict=True, assign=True)
     return model.to(device).eval()
 
 

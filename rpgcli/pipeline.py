@@ -60,8 +60,7 @@ from rpgcli.methods.pdiff import (
 from rpgcli.methods.rpg import build, make_loss
 from rpgcli.models import (
     STAGE_OF,
-    decoder,
-    just_trained,
+    assemble,
     read_autoencoder,
     read_model,
     save_target,
@@ -164,7 +163,7 @@ def run_collect(run: Run, recipe: Recipe, *, source: Path | None = None) -> Arti
             "networks": [network.to_json() for network in networks], "classes": list(dataset.classes),
             "channels": dataset.channels, "size": list(dataset.size), "num_outputs": problem.num_outputs,
             "num_parameters": sum(v.numel() for v in problem.reference.values()),
-            "parameters": subset(problem, recipe.collect) if source is None else [],
+            "parameters": subset(problem.skeleton, recipe.collect) if source is None else [],
             "num_images": {s: len(getattr(dataset, s).labels) for s in ("train", "validation", "test")},
         }  # fmt: skip
         found = draft.commit(facts, run.volatile(begun, **({} if source is None else {"from": str(source)})))
@@ -345,9 +344,7 @@ def run_train_diffusion(run: Run, recipe: Recipe, *, allow_bad: bool = False) ->
         draft.save_tensors("model.safetensors", model.state_dict())
         draft.save_tensors("autoencoder.safetensors", autoencoder.state_dict())
         save_target(draft, store)
-        parts = just_trained(
-            "pdiff", model, condition, 1, store, mask=model.mask, decode=decoder(autoencoder, model, store.layout)
-        )
+        parts = assemble(model, autoencoder, condition, 1, store.layout, store.statistics, store.constants(0))
         facts = {
             **carried(tokens), "condition": condition and condition.to_json(), "num_states": 1,
             "num_weights": sum(p.numel() for p in model.parameters()), "latents": comparison,
@@ -382,11 +379,11 @@ def run_train_rpg(run: Run, recipe: Recipe) -> Artifact:
         draft.save_tensors("model.safetensors", model.state_dict())
         save_target(draft, store)
         num_states = model.state.num_embeddings if model.state is not None else 1
-        generator = Generator(just_trained("rpg", model, condition, num_states, store))
+        parts = assemble(model, None, condition, num_states, store.layout, store.statistics, store.constants(0))
         facts = {
             **carried(tokens), "condition": condition and condition.to_json(), "num_states": num_states,
             "num_weights": sum(p.numel() for p in model.parameters()),
-            "selection": select(run, generator, tokens, config.selection),
+            "selection": select(run, Generator(parts), tokens, config.selection),
         }  # fmt: skip
         return draft.commit(facts, run.volatile(begun, training_seconds=round(trained - begun, 3), backend=backend))
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rpgcli import artifact
 from rpgcli.autoencoder import PCA_COLUMNS, NoisyAutoencoder
-from rpgcli.collection import CollectConfig, blocks, make_plan
+from rpgcli.collection import blocks, make_plan, subset
 from rpgcli.diagnosis import memory
 from rpgcli.errors import UsageError
 from rpgcli.layout import Layout, make_layout
@@ -29,7 +29,6 @@ from rpgcli.methods.pdiff import AT_ONCE, LatentDiffusion, LatentDiffusionConfig
 from rpgcli.methods.rpg import RPG, RpgConfig
 from rpgcli.problem import Problem, ProblemConfig
 from rpgcli.recipe import Recipe
-from rpgcli.subsets import select_parameters
 from rpgcli.training import TrainingConfig
 from rpgcli.zoo import Network, Zoo
 
@@ -121,7 +120,7 @@ def known_of(recipe: Recipe, zoo: Path | None, data_root: Path | None) -> Known:
     model = target(config, data.channels, data.size, problem.num_outputs)
     return Known(
         config, data.num_classes, data.channels, data.size, problem.num_outputs, len(data.test.labels),
-        foreseen(problem, recipe), subset_of(model, recipe.collect),
+        foreseen(problem, recipe), subset(model, recipe.collect),
     )  # fmt: skip
 
 
@@ -134,12 +133,6 @@ def foreseen(problem: Problem, recipe: Recipe) -> list[Network]:
         for training in make_plan(problem, config, recipe.seed)
         for last in [*[False] * (each - 1 if training.split == "seen" else 0), True]
     ]
-
-
-def subset_of(model: nn.Module, config: CollectConfig) -> list[str]:
-    """Names of the parameters that alone would differ between the networks of a zoo."""
-    patterns = config.patterns if config.kind == "trajectory" else ()
-    return select_parameters(model, patterns) if patterns else []
 
 
 def target(problem: ProblemConfig, channels: int, size: tuple[int, int], num_outputs: int) -> nn.Module:
@@ -158,7 +151,7 @@ def plan_collect(recipe: Recipe, data_root: Path | None, device: torch.device) -
     trainings = make_plan(problem, config, recipe.seed)
     groups, num_networks = blocks(problem, config, trainings), len(foreseen(problem, recipe))
     model = target(problem.config, data.channels, data.size, problem.num_outputs)
-    names = subset_of(model, config)
+    names = subset(model, config)
     shared, own = None, [config.training]
     if config.kind == "tasks" and config.pretrained is None:
         shared = config.pretrain

@@ -10,14 +10,14 @@ Shapes: K tokens, D = token_dim, T = diffusion.num_steps.
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from rpgcli.config import Config
-from rpgcli.diffusion import Diffusion
+from rpgcli.diffusion import Denoiser, Diffusion
 from rpgcli.errors import UsageError
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -162,6 +162,39 @@ def ddim_step(now: Estimate, alpha_bar: float, eta: float, noise: Noise | None) 
 def half_log_snr(alpha_bar: float) -> float:
     """The solver's time: lambda = log(signal rate / noise rate)."""
     return math.log(alpha_bar / (1 - alpha_bar)) / 2
+
+
+class Denoised(Protocol):
+    """What `sample` needs of a model: both methods denoise in the same way."""
+
+    diffusion: Diffusion
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """See `rpgcli.denoisers`."""
+        ...
+
+
+@torch.no_grad()
+def sample(
+    model: Denoised, c: Tensor, x_T: Tensor, mask: Tensor, *, sampler: SamplerConfig, num_steps: int, noise: Noise
+) -> Tensor:
+    """Denoise rows given their prototypes, which are embedded once for all steps.
+
+    Args:
+        model: Trained.
+        c: Prototypes, (K, M).
+        x_T: Starting noise, (K, D).
+        mask: What varies, (K, D); the rest stays zero.
+        sampler: Which.
+        num_steps: Denoising steps.
+        noise: Draws the noise of one step, (K, D); used by stochastic samplers only.
+
+    Returns:
+        x_0, (K, D).
+    """
+    e = model.denoiser.embed(c)
+    return sampler.sample(model.diffusion, lambda x_t, t: model.denoiser(x_t, t, e), x_T, num_steps, noise, mask)
 
 
 class SelectionConfig(Config):

@@ -293,6 +293,15 @@ class TokenStore:
             spec.name: shard[f"constant.{spec.name}"][i % self.per_shard] for spec in self.layout.constants
         }
 
+    def vector(self, i: int) -> Tensor:
+        """The standardised parameters of checkpoint i, (P,)."""
+        return self.layout.ungrid(self.network(i))
+
+    def vector_of(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Those of any network of this layout, (P,)."""
+        tokens = tokenize(state, self.layout, self.statistics.references)
+        return self.layout.ungrid(self.statistics.standardise(tokens))
+
     def rebuilt(self, x: Tensor, i: int = 0) -> dict[str, Tensor]:
         """The network with standardised parameters `x`, (P,), and the constants of checkpoint i."""
         return detokenize(self.layout.grid(x), self.layout, self.statistics, self.constants(i))

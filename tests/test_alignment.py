@@ -13,13 +13,13 @@ from rpgcli import rng
 from rpgcli.alignment import (
     Aligner,
     Group,
+    Neighbours,
     State,
     aligned,
     assign,
     fits,
     free,
     invariants,
-    relocated_distances,
     units,
 )
 from rpgcli.collection import OptimiserConfig, SeedsConfig, collect
@@ -360,7 +360,7 @@ def test_copies_are_found_wherever_their_units_are(config):
     noise = {name: 0.003 * draw(*value.shape, seed=1) for name, value in zoo[5].items()}
     near = {name: first[5][name] + noise[name] for name in noise}
     states = [zoo[3], relocate(zoo[7], groups, 1)[0], relocate(near, groups, 2)[0], network(config, 99).state_dict()]
-    distance, index = relocated_distances(states, zoo, groups, vector)
+    distance, index = Neighbours(zoo, groups, vector).nearest(states)
     assert index[:3].tolist() == [3, 7, 5]
     size = float(vector(zoo[0]).norm())
     assert distance[:2].max() < 1e-5 * size
@@ -368,7 +368,7 @@ def test_copies_are_found_wherever_their_units_are(config):
     held_out = Aligner(zoo[0], groups)(states[3]).state
     assert distance[2] < 0.5 * distance[3] <= 0.5 * plain(held_out, first).min() * (1 + 1e-5)
 
-    raw_distance, _ = relocated_distances(states, zoo, (), vector)
+    raw_distance, _ = Neighbours(zoo, (), vector).nearest(states)
     expected = torch.stack([plain(s, zoo).min() for s in states]).double()
     torch.testing.assert_close(raw_distance, expected, rtol=1e-5, atol=1e-5)
     assert raw_distance[1] > 10 * distance[2]
@@ -380,10 +380,10 @@ def test_a_network_that_may_not_be_near_is_passed_over():
     zoo: list[State] = [network(config, seed).state_dict() for seed in range(4)]
     zoo += [relocate(state, groups, 1)[0] for state in zoo]  # two of each
     runs = torch.arange(8)
-    distance, index = relocated_distances(zoo, zoo, groups, vector, may_be_near=runs[:, None] != runs)
+    distance, index = Neighbours(zoo, groups, vector).nearest(zoo, may_be_near=runs[:, None] != runs)
     assert index.tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
     assert distance.max() < 1e-4
-    distance, index = relocated_distances(zoo, zoo, groups, vector, may_be_near=(runs[:, None] - runs) % 4 != 0)
+    distance, index = Neighbours(zoo, groups, vector).nearest(zoo, may_be_near=(runs[:, None] - runs) % 4 != 0)
     assert ((index - runs) % 4 != 0).all()
     assert distance.min() > 1
 
@@ -403,5 +403,5 @@ def test_distances_of_many_networks_take_few_alignments(monkeypatch):
     zoo = [network(config, seed).state_dict() for seed in range(30)]
     align = Aligner.__call__
     monkeypatch.setattr(Aligner, "__call__", lambda self, state: (next(num_calls), align(self, state))[1])
-    relocated_distances(zoo[:10], zoo, groups, vector)
+    Neighbours(zoo, groups, vector).nearest(zoo[:10])
     assert next(num_calls) <= 2 * 30 + 6 * 10

@@ -344,7 +344,7 @@ def test_the_networks_of_a_subset_differ_in_it_alone_and_their_rest_is_stored_on
         "save": OptimiserConfig(epochs=1, batch_size=3, learning_rate=1e-2),
     })  # fmt: skip
     found = collect_to(tmp_path / "zoo", problem, config)
-    zoo, subset = Zoo(found), collection.subset(problem, config)
+    zoo, subset = Zoo(found), collection.subset(problem.skeleton, config)
     assert [(n.run, n.step, n.last) for n in zoo.networks] == [(r, s, s == 7) for r in range(2) for s in (2, 5, 7)]
     assert set(found.manifest.files) == {SHARED, *(n.file for n in zoo.networks)}  # the base itself is gone
     assert zoo.shared.keys() | set(subset) == problem.reference.keys()

@@ -25,7 +25,7 @@ from rpgcli.generation import (
     request_of,
 )
 from rpgcli.methods.rpg import RPG, RpgConfig, build
-from rpgcli.models import just_trained
+from rpgcli.models import assemble
 from rpgcli.samplers import DdimConfig, DdpmConfig, DpmSolverConfig
 from rpgcli.tokens import TokenStore
 from tests.helpers import State, draw, make, same_bits, token_store
@@ -70,7 +70,7 @@ def make_generator(
     with torch.no_grad():
         for i, parameter in enumerate(model.parameters()):
             parameter.add_(torch.randn(parameter.shape, generator=rng.stream(0, "weights", i)), alpha=0.2)
-    return Generator(just_trained("rpg", model, condition, num_states, store))
+    return Generator(assemble(model, None, condition, num_states, store.layout, store.statistics, store.constants(0)))
 
 
 @pytest.fixture

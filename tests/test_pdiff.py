@@ -34,9 +34,10 @@ from rpgcli.methods.pdiff import (
     split_checkpoints,
     training_of,
 )
-from rpgcli.models import decoder, just_trained
+from rpgcli.models import assemble
 from rpgcli.problem import Problem
 from rpgcli.progress import silent
+from rpgcli.samplers import sample
 from rpgcli.targets import Mlp3Config
 from rpgcli.tokens import TokenStore
 from rpgcli.training import TrainingConfig, fit
@@ -147,7 +148,7 @@ def test_latents_are_compared_with_those_of_other_trainings(monkeypatch, num_tra
     latents = 4 * draw(num_trainings, 5, seed=1)[trainings] + 0.01 * draw(15, 5, seed=2)
     model = build_diffusion(SMALL, latents, None)
     sampled = 0.8 * draw(15, 5, seed=3)
-    monkeypatch.setattr(model, "sample", Planted(sampled))
+    monkeypatch.setattr(pdiff, "sample", Planted(sampled))
     found = compare_latents(model, latents, None, trainings, seed=0)
     groups = trainings if num_trainings > 1 else list(range(15))
     ratio, distance = slow_figures(sampled, model.scale.standardise(latents), groups)
@@ -160,7 +161,7 @@ def test_deviations_from_70_to_110_percent_count_as_learned(monkeypatch, factor,
     """The training latents themselves, shrunk or stretched a little: all lie near enough."""
     latents = draw(NUM_LATENTS, LATENT_DIM)
     model = build_diffusion(SMALL, latents, None)
-    monkeypatch.setattr(model, "sample", Planted(factor * model.scale.standardise(latents)))
+    monkeypatch.setattr(pdiff, "sample", Planted(factor * model.scale.standardise(latents)))
     found = compare_latents(model, latents, None, ONE_RUN, seed=0)
     assert found["deviation_ratio"] == pytest.approx(factor, abs=1e-4)  # it is rounded to four digits
     assert found["nearest_distance"] < 0.5
@@ -173,11 +174,11 @@ def test_latents_are_compared_under_the_conditions_of_their_networks(monkeypatch
     model = build_diffusion(SMALL, mixture, condition)
     asked: list[Tensor] = []
 
-    def sample(c: Tensor, x_T: Tensor, mask: Tensor, **_: Any) -> Tensor:
+    def spy(model: LatentDiffusion, c: Tensor, x_T: Tensor, mask: Tensor, **_: Any) -> Tensor:
         asked.append(c)
         return x_T
 
-    monkeypatch.setattr(model, "sample", sample)
+    monkeypatch.setattr(pdiff, "sample", spy)
     compare_latents(model, mixture, features, ONE_RUN, seed=0)
     assert torch.equal(asked[0], model.prototypes(features, None)[:, 0])
 
@@ -389,8 +390,10 @@ class Latents:
     latents: Tensor
 
     def generator(self, model: LatentDiffusion, condition: Condition | None) -> Generator:
-        decode = decoder(self.autoencoder, model, self.store.layout)
-        return Generator(just_trained("pdiff", model, condition, 1, self.store, mask=model.mask, decode=decode))
+        store = self.store
+        return Generator(
+            assemble(model, self.autoencoder, condition, 1, store.layout, store.statistics, store.constants(0))
+        )
 
     def agreement(self, model: LatentDiffusion, condition: Condition | None) -> float:
         """Fraction of generated networks, ten of each task, that are nearest to the mean network of their own."""
@@ -475,8 +478,8 @@ def test_a_latent_dimension_that_never_varies_is_generated_as_its_mean():
     assert model.mask.tolist() == [[True, True, True, False, True]]
     noise = draw(50, 5, seed=1)
     c = model.prototypes(None, torch.zeros(50))[:, 0]
-    x_0 = model.sample(
-        c, noise, model.mask.expand(50, -1), sampler=Sampling().sampler, num_steps=5, noise=lambda: noise
+    x_0 = sample(
+        model, c, noise, model.mask.expand(50, -1), sampler=Sampling().sampler, num_steps=5, noise=lambda: noise
     )  # fmt: skip
     sampled = model.scale.restore(x_0)
     assert sampled[:, 3].tolist() == [7.25] * 50

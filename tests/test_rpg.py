@@ -20,7 +20,7 @@ from rpgcli.denoisers import DenoiserConfig
 from rpgcli.denoisers.mlp import MlpDenoiserConfig
 from rpgcli.generation import Generator, Sample, Sampling
 from rpgcli.methods.rpg import RPG, RpgConfig, build, make_loss
-from rpgcli.models import just_trained
+from rpgcli.models import assemble
 from rpgcli.problem import Problem, ProblemConfig
 from rpgcli.progress import silent
 from rpgcli.samplers import DdimConfig
@@ -53,6 +53,10 @@ def train(folder: Path, config: RpgConfig, store: TokenStore, condition: Conditi
     return kept[0]
 
 
+def sampled(model: RPG, condition: Condition | None, num_states: int, store: TokenStore) -> Generator:
+    return Generator(assemble(model, None, condition, num_states, store.layout, store.statistics, store.constants(0)))
+
+
 def collect_store(folder: Path, problem: Problem, config: Any) -> tuple[Zoo, TokenStore]:
     def body(draft: Draft) -> Mapping[str, Any]:
         networks = collect(problem, config, 0, draft, download=False, on_step=silent)
@@ -80,7 +84,7 @@ class Trained:
 
     def accuracy(self, model: RPG) -> float:
         """Mean test accuracy of generated networks over the unseen tasks."""
-        generator = Generator(just_trained("rpg", model, DIGITS_TASKS, 1, self.store))
+        generator = sampled(model, DIGITS_TASKS, 1, self.store)
         sampling = Sampling(sampler=DdimConfig(), num_steps=5, temperature=0.5)
         asked = [Asked("unseen", bits) for bits in self.unseen]
         states = [generator.network(x) for x in generator.batch(asked, sampling, seed=0)]
@@ -160,7 +164,7 @@ def test_samples_of_a_state_lie_nearer_to_its_run_than_to_the_others(tmp_path):
     _, store = collect_store(tmp_path, problem, seeds)
     training = SMALL.training.model_copy(update={"num_steps": 80, "batch_size": 16})
     model = train(tmp_path / "rpg", SMALL.model_copy(update={"training": training}), store, None)
-    generator = Generator(just_trained("rpg", model, None, 4, store))
+    generator = sampled(model, None, 4, store)
     runs = state_indices(store.checkpoints, "run")
     centres = torch.stack(
         [torch.stack([store.network(i) for i in range(20) if runs[i] == r]).mean(0) for r in range(4)]
@@ -209,7 +213,7 @@ def test_every_core_with_every_denoiser_trains_and_samples(tmp_path, store, core
     lines = (tmp_path / "rpg" / METRICS).read_text().splitlines()
     assert len(lines) == 2
     assert read_json(tmp_path / "rpg" / "manifest.json")["stage"] == "train-rpg"
-    generator = Generator(just_trained("rpg", model, FOUR_BITS, 2, store))
+    generator = sampled(model, FOUR_BITS, 2, store)
     tokens, _ = generator.tokens(Sample(Asked("unseen", "0110"), 0), Sampling(num_steps=2), seed=0, state="random")
     state = generator.network(tokens)
     assert {n: tuple(v.shape) for n, v in state.items()} == {"w": (6, 4), "b": (6,), "v": (3, 5)}

@@ -13,17 +13,17 @@ Letters: n networks of a group, K training networks, N test images, P parameters
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rpgcli.alignment import relocated_distances
+from rpgcli.alignment import Neighbours
 from rpgcli.evaluation import accuracy, distance, novelty, similarity
-from rpgcli.evaluation.groups import Group
 from rpgcli.problem import Problem, Split, State
 from rpgcli.subsets import Tail
-from rpgcli.tokens import TokenStore, tokenize
+from rpgcli.tokens import TokenStore
 
 MEASURED_AT_ONCE = 64
 """Small networks measured together."""
@@ -36,7 +36,7 @@ def answering_store(problem: Problem, store: TokenStore) -> Problem | Tail:
     if not store.layout.shared:
         return problem
     names = [spec.name for spec in store.layout.generated]
-    return Tail(problem, store.rebuilt(store.layout.ungrid(store.network(0)), 0), names)
+    return Tail(problem, store.state(0), names)
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ class Auditor:
         self.stride = -(-len(store) * store.layout.num_parameters // LOOKED_AT)
         is_aligned = store.artifact.facts.get("align", "none") != "none"
         self.groups = problem.config.target.symmetries(problem.skeleton) if is_aligned else ()
-        rows = (store.layout.ungrid(store.network(i)) for i in range(len(store)))
-        self.trained = self.look(map(self.drawn, rows))
+        self.trained = self.look(self.drawn(store.vector(i)) for i in range(len(store)))
         self.wrong = self.trained.answers != self.labels("test")
         self.alpha = novelty.alpha(torch.tensor(self.trained.test))
         runs = torch.tensor([int(str(checkpoint["run"])) for checkpoint in store.checkpoints])
@@ -101,15 +100,13 @@ class Auditor:
 
     def read(self, state: State) -> tuple[State, Tensor]:
         """A network with its vector."""
-        layout, statistics = self.store.layout, self.store.statistics
-        tokens = statistics.standardise(tokenize(state, layout, statistics.references))
-        return state, layout.ungrid(tokens)[:: self.stride].clone()
+        return state, self.store.vector_of(state)[:: self.stride].clone()
 
     def distances(self, look: Look) -> Tensor:
         """Of each network to the nearest training network, (n,); hidden units aligned where they may be exchanged."""
         if not self.groups:
             return distance.nearest(look.vectors, self.trained.vectors).distance
-        return relocated_distances(look.states, self.trained.states, self.groups, lambda s: self.read(s)[1])[0]
+        return self.neighbours.nearest(look.states)[0]
 
     def leave_one_out(self, runs: Tensor) -> Tensor | None:
         """The same of the training networks among those of other trainings, (K,); None where there is one training.
@@ -120,9 +117,12 @@ class Auditor:
             return None
         if not self.groups:
             return distance.nearest(self.trained.vectors, runs=runs).distance
-        states = self.trained.states
-        others = runs[:, None] != runs
-        return relocated_distances(states, states, self.groups, lambda s: self.read(s)[1], may_be_near=others)[0]
+        return self.neighbours.nearest(self.trained.states, may_be_near=runs[:, None] != runs)[0]
+
+    @cached_property
+    def neighbours(self) -> Neighbours:
+        """The training networks, where hidden units may be exchanged."""
+        return Neighbours(self.trained.states, self.groups, lambda state: self.read(state)[1])
 
     def row(self, look: Look, *, is_trained: bool = False) -> dict[str, Any]:
         """The figures of a group, beside its accuracy."""
@@ -161,10 +161,6 @@ class Auditor:
     def scale(self) -> dict[str, Any]:
         """The units of the figures."""
         return {"tau": self.tau, "alpha": self.alpha, "coordinates": self.trained.vectors.shape[1]}
-
-    def group(self, name: str, kind: str, split: str, look: Look, seconds: float | None) -> Group:
-        """The accuracies of a group."""
-        return Group(name, kind, split, look.test, [None] * len(look.test), seconds)
 
 
 def chunks(networks: Iterable[tuple[State, Tensor]], size: int) -> Iterator[list[tuple[State, Tensor]]]:

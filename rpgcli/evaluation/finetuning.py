@@ -1,4 +1,4 @@
-"""Training on from given networks: a trivial generator, and what a generated network is worth as a start.
+"""Trained networks trained a little further: a trivial generator.
 
 Letters: n training images.
 """
@@ -9,6 +9,7 @@ import torch
 
 from rpgcli import rng
 from rpgcli.collection import Feed, Numbers, OptimiserConfig, Single, Stacked, train
+from rpgcli.evaluation.audit import MEASURED_AT_ONCE
 from rpgcli.problem import Problem, State
 from rpgcli.progress import silent
 from rpgcli.subsets import Tail
@@ -21,18 +22,13 @@ def finetuned(
     """`count` trained networks, drawn at random and trained a little further; of a zoo of subsets the subset alone."""
     seen = zoo.select("seen")
     drawn = torch.randint(len(seen), (count,), generator=rng.stream(seed, "baseline", "finetuned")).tolist()
-    size = zoo_block(problem) if tail is None else 1
+    size = MEASURED_AT_ONCE if tail is None and problem.config.target.batched else 1
     for first in range(0, count, size):
         numbers = range(first, min(first + size, count))
         starts = [zoo.state(seen[drawn[i]]) for i in numbers]
         names = [f"finetuned {i}" for i in numbers]
         for state in trained_on(problem, starts, names, config, tail=tail, seed=seed):
             yield {**zoo.shared, **state}
-
-
-def zoo_block(problem: Problem) -> int:
-    """Networks trained together."""
-    return 64 if problem.config.target.batched else 1
 
 
 def trained_on(

@@ -20,7 +20,7 @@ from rpgcli.methods import baselines, resampling
 from rpgcli.problem import Problem, State
 from rpgcli.progress import OnStep, Step
 from rpgcli.subsets import Tail
-from rpgcli.tokens import TokenStore, detokenize, tokenize
+from rpgcli.tokens import TokenStore, detokenize
 from rpgcli.zoo import Zoo
 
 REPORT_SCHEMA = 1
@@ -76,19 +76,14 @@ def reconstruct_tasks(zoo: Zoo, store: TokenStore, generated: Zoo) -> dict[str, 
     Standardised parameters, around the mean of the seen checkpoints: 0 is no better than the average network. Trained
     networks also vary with the order of their images, which nothing explains.
     """
-    layout, statistics = store.layout, store.statistics
-
-    def vector(state: State) -> Tensor:
-        return layout.ungrid(statistics.standardise(tokenize(state, layout, statistics.references)))  # (P,)
-
     explained = {}
     for split in ("seen", "validation", "unseen"):
         last = {network.task_bits: network for network in zoo.select(split, last=True)}
         error = total = 0.0
         for network in generated.select(split):
             if network.task_bits in last:
-                x = vector(zoo.state(last[network.task_bits]))
-                error += float((vector(generated.state(network)) - x).square().sum())
+                x = store.vector_of(zoo.state(last[network.task_bits]))  # (P,)
+                error += float((store.vector_of(generated.state(network)) - x).square().sum())
                 total += float(x.square().sum())
         if total:
             explained[split] = 1 - error / total
@@ -124,7 +119,7 @@ def task_baselines(
     tasks = {split: zoo.tasks(split) for split in ("seen", "validation", "unseen")}
     rows: dict[str, list[Tensor]] = {task: [] for task in tasks["seen"]}
     for i, checkpoint in enumerate(store.checkpoints):
-        rows[str(checkpoint["task_bits"])].append(store.layout.ungrid(store.network(i)))
+        rows[str(checkpoint["task_bits"])].append(store.vector(i))
     known = baselines.Known(tasks["seen"], torch.stack([torch.stack(row) for row in rows.values()]))  # (N, S, P)
 
     def networks(predict: baselines.Predict, bits: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -173,12 +168,12 @@ def of_one_question(
         begun = time.perf_counter()
         look = auditor.look(networks)
         each = (time.perf_counter() - begun) / len(look.test) if seconds is None else seconds
-        group = auditor.group(name, kind, split, look, each)
+        group = Group(name, kind, split, look.test, [None] * len(look.test), each)
         rows.append((group, auditor.row(look)))
         return group
 
     seconds = zoo.artifact.manifest.volatile.get("seconds", 0.0) / sum(n.last for n in zoo.networks)
-    trained = auditor.group("trained", "trained", "seen", auditor.trained, seconds)
+    trained = Group("trained", "trained", "seen", auditor.trained.test, [None] * len(store), seconds)
     rows.append((trained, auditor.row(auditor.trained, is_trained=True)))
     each = generated.artifact.manifest.volatile.get("seconds_per_network", [])
     name = generated.artifact.facts["method"]

@@ -26,7 +26,7 @@ from rpgcli.denoisers import DenoiserConfig
 from rpgcli.denoisers.mlp import MlpDenoiserConfig
 from rpgcli.diffusion import Diffusion, DiffusionConfig
 from rpgcli.errors import ArtifactError, RpgError
-from rpgcli.samplers import DdimConfig, Noise, SamplerConfig, SelectionConfig
+from rpgcli.samplers import DdimConfig, SelectionConfig, sample
 from rpgcli.tokens import TokenStore
 from rpgcli.training import TrainingConfig
 
@@ -99,7 +99,7 @@ class Vectors:
 
     def rows(self, index: Sequence[int]) -> Tensor:
         """(len(index), P)."""
-        return torch.stack([self.store.layout.ungrid(self.store.network(i)) for i in index])
+        return torch.stack([self.store.vector(i) for i in index])
 
     def blocks(self, index: Sequence[int]) -> Iterator[Tensor]:
         """`rows(index)`, some at a time."""
@@ -203,14 +203,6 @@ class LatentDiffusion(nn.Module):
         assert features is not None, "a conditional model needs its features"
         return self.condition(features)[:, None]  # type: ignore[no-any-return]
 
-    def sample(
-        self, c: Tensor, x_T: Tensor, mask: Tensor, *, sampler: SamplerConfig, num_steps: int, noise: Noise
-    ) -> Tensor:
-        """Denoise standardised latents (B, Z) given their conditions (B, M)."""
-        with torch.no_grad():
-            e = self.denoiser.embed(c)
-            return sampler.sample(self.diffusion, lambda x_t, t: self.denoiser(x_t, t, e), x_T, num_steps, noise, mask)
-
 
 def build_diffusion(config: LatentDiffusionConfig, latents: Tensor, condition: Condition | None) -> LatentDiffusion:
     """The diffusion for latents (K, Z), initialised from its seed."""
@@ -284,7 +276,7 @@ def compare_latents(
         c = model.prototypes(None if features is None else features.to(device), torch.zeros(num_latents))[:, 0]
     mask = model.mask.expand(num_latents, -1)
     steps = min(CHECK_STEPS, model.diffusion.num_steps)
-    sampled = model.sample(c, noise(), mask, sampler=DdimConfig(), num_steps=steps, noise=noise).cpu()  # (K, Z)
+    sampled = sample(model, c, noise(), mask, sampler=DdimConfig(), num_steps=steps, noise=noise).cpu()  # (K, Z)
     if not bool(sampled.isfinite().all()):
         raise RpgError("the diffusion samples NaN or infinity.", "Train it longer, or lower its learning rate.")
     live = model.mask[0].cpu()

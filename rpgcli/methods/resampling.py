@@ -234,7 +234,7 @@ class StoreRows:
         return len(self.store)
 
     def __getitem__(self, i: int, /) -> Tensor:
-        return self.store.layout.ungrid(self.store.network(i))
+        return self.store.vector(i)
 
 
 def from_store(store: TokenStore) -> Originals:

@@ -34,7 +34,7 @@ from rpgcli.denoisers import DenoiserConfig
 from rpgcli.denoisers.mlp import MlpDenoiserConfig
 from rpgcli.diffusion import Diffusion, DiffusionConfig
 from rpgcli.positions import PositionKind, position_embedding
-from rpgcli.samplers import SamplerConfig, SelectionConfig
+from rpgcli.samplers import SelectionConfig
 from rpgcli.tokens import TokenStore
 from rpgcli.training import TrainingConfig
 
@@ -142,33 +142,6 @@ class RPG(nn.Module):
         """
         c = self.prototypes(features, state).flatten(0, 1)[token]  # (K, M)
         return self.diffusion.loss(self.denoiser, x_0, c, mask, generator)
-
-    @torch.no_grad()
-    def sample(
-        self,
-        c: Tensor,
-        x_T: Tensor,
-        mask: Tensor,
-        *,
-        sampler: SamplerConfig,
-        num_steps: int,
-        noise: Callable[[], Tensor],
-    ) -> Tensor:
-        """Denoise tokens given their prototypes.
-
-        Args:
-            c: Prototypes, (K, M).
-            x_T: Starting noise, (K, D).
-            mask: Learned slots, (K, D); the others stay zero.
-            sampler: Which.
-            num_steps: Denoising steps.
-            noise: Draws the noise of one step, (K, D); used by stochastic samplers only.
-
-        Returns:
-            x_0, (K, D).
-        """
-        e = self.denoiser.embed(c)
-        return sampler.sample(self.diffusion, lambda x_t, t: self.denoiser(x_t, t, e), x_T, num_steps, noise, mask)
 
 
 def build(config: RpgConfig, store: TokenStore, condition: Condition | None) -> RPG:
