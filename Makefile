@@ -1,5 +1,7 @@
 # make demo   the whole pipeline on handwritten digits (makes .venv first)
 # make test   the tests (makes .venv first)
+# make report what RPG and p-diff make of handwritten digits, each as a page with pictures
+# make torture  kills, failing disks, damage, hostile files, races and signals by the hundred (half an hour, two cores)
 # make check  formatting, lint, types
 # One target for each stage, idempotent: make collect RUN=runs/mine RECIPE=digits-tasks, make tokenize RUN=runs/mine, ...
 
@@ -25,9 +27,9 @@ PDIFF  := pdiff-fashion-resnet18 pdiff-digits-convnet3 pdiff-digits-mlp3 pdiff-d
 # The same on the zoo of another recipe: zoo/recipe.
 PDIFF_SHARED := pdiff-fashion-resnet18-paper cond-pdiff-digits-tasks
 CORES  := mamba2 lstm transformer none
-.PHONY: setup demo test test-slow check format cores $(STAGES) train-ae train-diffusion
+.PHONY: setup demo report test test-slow torture check format cores $(STAGES) train-ae train-diffusion
 .PHONY: digits-tasks fashion-tasks digits-resnet18 $(PDIFF) $(PDIFF_SHARED)
-.PHONY: ablations
+.PHONY: shards ablations novelty
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/.base
@@ -42,8 +44,26 @@ $(VENV)/.dev: $(VENV)/.base
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
+$(VENV)/.report: $(VENV)/.base
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[report]'
+	@touch $@
+
 demo: setup
 	@for stage in $(STAGES); do $(RPG) $$stage --run $(RUN) --resume || exit $$?; done
+
+# The run of `make demo` and one of p-diff; a report that was made without the extra [report] is made again.
+REPORTED := pdiff-digits-mlp3
+report: $(VENV)/.report
+	@for stage in collect tokenize train-rpg generate; do $(RPG) $$stage --run $(RUN) --resume || exit $$?; done
+	@$(RPG) collect $(REPORTED) --run runs/$(REPORTED) --resume
+	@for stage in tokenize train-ae train-diffusion generate; do \
+	  $(RPG) $$stage --run runs/$(REPORTED) --resume || exit $$?; \
+	done
+	@for run in $(RUN) runs/$(REPORTED); do \
+	  if test -f $$run/report/report.html; then force=; else force=--force; fi; \
+	  $(RPG) evaluate --run $$run --resume $$force || exit $$?; \
+	done
+	@for run in $(RUN) runs/$(REPORTED); do echo "the page is $$run/report/report.html"; done
 
 # collect takes the recipe; later stages find it in the run.
 collect: setup
@@ -51,6 +71,14 @@ collect: setup
 
 tokenize train-rpg train-ae train-diffusion generate evaluate: setup
 	@$(RPG) $@ --run $(RUN) --resume $(ARGS)
+
+# make -j4 shards STAGE=collect SHARDS=8: collect, generate or evaluate in parts, then put together.
+STAGE  ?= collect
+SHARDS ?= 4
+shard-%: setup
+	@$(RPG) $(STAGE) $(RECIPE) --run $(RUN) --shard $*/$(SHARDS) $(ARGS)
+shards: $(addprefix shard-,$(shell seq 0 $$(($(SHARDS) - 1))))
+	@$(RPG) $(STAGE) $(RECIPE) --run $(RUN) --resume $(ARGS)
 
 # One zoo, one generator for each of SEEDS; figures of the README.
 digits-tasks fashion-tasks: setup
@@ -98,6 +126,10 @@ cores: collect
 ablations: setup
 	@$(VENV)/bin/python -m tests.bench.ablations --out runs/ablations$(if $(FULL),-full --full)
 
+# Novel and performant networks from independent starts: variations of p-diff, each beside the best trivial generator.
+novelty: setup
+	@$(VENV)/bin/python -m tests.bench.novelty --out runs/novelty
+
 define UNSEEN
 import json, sys
 for path in sys.argv[1:]:
@@ -108,10 +140,15 @@ endef
 export UNSEEN
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m "not slow and not gpu and not torture" $(ARGS)
 
 test-slow: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest -m "slow" $(ARGS)
+
+# Fuzzing is guided by coverage where there is a wheel of atheris.
+torture: $(VENV)/.dev
+	-$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --editable '.[fuzz]'
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal tests/torture $(ARGS)
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check rpgcli tests

@@ -13,6 +13,7 @@ stage that marked its partial folder as resumable goes on from there.
           `volatile` as well, so that damage to the manifest itself is found
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -20,27 +21,36 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
+from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rpgcli.config import Config
-from rpgcli.errors import ArtifactError, OutputError, RpgError, UsageError
+from rpgcli.errors import ArtifactError, LockedError, OutputError, RpgError, UsageError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 BEGUN = "begun.json"
 """Names the key of an unfinished artifact; gone once it is committed."""
-MAX_JSON_BYTES = 256 * 2**20
-"""No JSON file of ours is larger; a larger one is refused unread."""
-MAX_HEADER_BYTES = 100 * 2**20
+MAX_JSON_BYTES = 32 * 2**20
+"""No JSON file of ours is larger; a larger one is refused unread. A network in a zoo takes 350 bytes, 17 values."""
+MAX_JSON_VALUES = 1_000_000
+"""Nor does any hold more values and brackets, so that reading one takes a second or two and less than 500 MiB."""
+MAX_PROBLEMS = 1000
+"""`verify` stops looking after so many."""
+MAX_HEADER_BYTES = 2**20
+"""The header of a safetensors file with some 10,000 tensors; a larger one is refused unread."""
+STAGE = re.compile(r"[a-z][a-z-]{0,30}( --shard)?")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 """Names of files in an artifact: no folders, no dots at either end, nothing a shell or terminal could trip over."""
 
@@ -48,15 +58,15 @@ FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 class FileRecord(Config):
     """Size in bytes and content hash of one file."""
 
-    size: int
-    sha256: str
+    size: int = Field(ge=0, lt=2**63)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class Manifest(Config):
     """What an artifact is, what it was made from, and what it holds; written last."""
 
     schema_version: int = Field(alias="schema")
-    stage: str
+    stage: str = Field(pattern=f"^{STAGE.pattern}$")
     key: str
     section: dict[str, Any]
     inputs: dict[str, str]
@@ -118,6 +128,11 @@ class Artifact:
         """The resolved recipe section that made it."""
         return self.manifest.section
 
+    @cached_property
+    def records(self) -> dict[str, FileRecord]:
+        """Size and hash of every file."""
+        return self.manifest.all_files()
+
     def file(self, name: str) -> Path:
         """Path of a listed file whose size and hash were found right.
 
@@ -126,7 +141,7 @@ class Artifact:
         """
         path = self.path / name
         if name not in self._checked:
-            record = self.manifest.all_files().get(name)
+            record = self.records.get(name)
             if record is None:
                 raise ArtifactError(f"{self.path} has no file {name!r} in its manifest.", _remake(self.manifest.stage))
             if _plain_size(path) != record.size or _hash(path) != record.sha256:
@@ -182,9 +197,13 @@ def read_manifest(path: Path) -> Manifest:
     value = read_json(path)
     found = value.get("schema") if isinstance(value, dict) else None
     if found != SCHEMA:
-        shown = found if isinstance(found, int) else "none"
+        shown = found if isinstance(found, int) and abs(found) < 10**9 else "none"
+        stage = str(value.get("stage")) if isinstance(value, dict) else ""
         raise ArtifactError(
-            f"{path} has schema {shown}, this version of rpg reads {SCHEMA}.", "Make the artifact anew."
+            f"{path} has schema {shown}, this version of rpg reads {SCHEMA}.",
+            f"Read it with the version that made it, or make it anew with `rpg {stage} --force`."
+            if STAGE.fullmatch(stage)
+            else "Make the artifact anew.",
         )
     try:
         manifest = Manifest.model_validate(value)
@@ -192,7 +211,8 @@ def read_manifest(path: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part)[:80] for part in first["loc"])
         raise ArtifactError(f"{path} is not a manifest: {where}: {first['msg']}.", "Make the artifact anew.") from None
-    if manifest.volatile.get("id", manifest.identity()) != manifest.identity():
+    identity = manifest.identity()
+    if manifest.volatile.get("id", identity) != identity:
         raise ArtifactError(
             f"{path} is not the manifest that was committed: its hash differs.", _remake(manifest.stage)
         )
@@ -209,8 +229,10 @@ def verify(path: Path) -> tuple[Artifact, list[str]]:
         The artifact, and one line for each problem found.
     """
     found = Artifact(path, read_manifest(path / MANIFEST))
-    problems = []
-    for name in sorted(found.manifest.all_files()):
+    problems: list[str] = []
+    for name in sorted(found.records):
+        if len(problems) >= MAX_PROBLEMS:
+            return found, [*problems, f"{path} was not checked further"]
         try:
             file = found.file(name)
             if name.endswith(".safetensors"):
@@ -220,18 +242,22 @@ def verify(path: Path) -> tuple[Artifact, list[str]]:
         except ArtifactError as error:
             problems.append(error.what)
     for entry in sorted(path.iterdir()):
-        if entry.name not in {MANIFEST, *found.manifest.all_files()}:
+        if entry.name != MANIFEST and entry.name not in found.records:
             problems.append(f"{entry} is not in the manifest")
     return found, problems
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file, with duplicate keys, NaN and oversize refused as an ArtifactError."""
-    if _plain_size(path) > MAX_JSON_BYTES:
-        raise ArtifactError(f"{path} is larger than {MAX_JSON_BYTES // 2**20} MiB: that is no JSON file of rpg.")
+def read_json(path: Path, max_bytes: int | None = None) -> Any:
+    """A JSON file, with duplicate keys, NaN, oversize and deep nesting refused as an ArtifactError."""
+    if _plain_size(path) > (max_bytes or MAX_JSON_BYTES):
+        raise ArtifactError(f"{path} is larger than any JSON file of rpg.", "It is damaged or no file of rpg.")
+    text = path.read_bytes()
+    if _num_values(text) > MAX_JSON_VALUES:
+        raise ArtifactError(f"{path} holds more values than any JSON file of rpg.", "It is damaged or no file of rpg.")
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-        canonical(value)  # Refuses what only looks like JSON: 1e999 and lone surrogates.
+        from_json(text)  # Refuses more than 200 levels, lone surrogates and other encodings, but not one key twice.
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        canonical(value)  # Refuses 1e999.
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not valid JSON: {error}.", "It is damaged; make the artifact anew.") from None
     return value
@@ -255,7 +281,10 @@ def tensors_of(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, memory-mapped."""
     tensors_of(path)
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:  # A dtype that torch does not have.
+        raise ArtifactError(f"{path} cannot be read: {error}.") from None
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -275,6 +304,8 @@ class Draft:
     """The artifact that is already there with the same key; nothing is left to do."""
     resumable: bool = False
     """Set once there is progress worth keeping: the folder then outlives an error."""
+    spent: float = 0.0
+    """Seconds of finished work that this process found."""
     _records: dict[str, FileRecord] = field(default_factory=dict)
     _varying: set[str] = field(default_factory=set)
 
@@ -282,8 +313,9 @@ class Draft:
         """Register a finished file of the draft: fsync and hash it."""
         assert FILE_NAME.fullmatch(name), name
         path = self.path / name
-        _sync(path)
-        self._records[name] = FileRecord(size=path.stat().st_size, sha256=_hash(path))
+        with _writing(path):
+            _sync(path)
+            self._records[name] = FileRecord(size=_plain_size(path), sha256=_hash(path))
         return path
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor], header: object = None) -> None:
@@ -293,14 +325,37 @@ class Draft:
 
     def save_json(self, name: str, value: object, *, varies: bool = False) -> None:
         """Write a JSON file; `varies` from run to run (it holds seconds) leaves it out of the id."""
-        write_bytes(self.path / name, canonical(value) + b"\n")
+        self.save_bytes(name, canonical(value) + b"\n", varies=varies)
+
+    def save_bytes(self, name: str, content: bytes, *, varies: bool = False) -> None:
+        """Write a small file of any kind; `varies` from run to run leaves it out of the id."""
+        write_bytes(self.path / name, content)
         self.add(name)
         if varies:
             self._varying.add(name)
 
-    def digest(self, name: str) -> str:
-        """sha256 of a finished file of the draft."""
-        return self._records[name].sha256
+    def take(self, found: Path) -> None:
+        """Put a finished file of elsewhere into the folder: a link to it, or a copy where the disk has no links."""
+        path = self.path / found.name
+        with _writing(path):
+            path.unlink(missing_ok=True)
+            try:
+                path.hardlink_to(found)
+            except OSError:
+                shutil.copyfile(found, path)
+
+    @contextmanager
+    def part(self) -> Iterator["Draft"]:
+        """This draft as if it were empty; what is added meanwhile is added here at the end."""
+        view = replace(self, _records={}, _varying=set())
+        yield view
+        self._records |= view._records
+        self._varying |= view._varying
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """sha256 of each finished file."""
+        return {name: record.sha256 for name, record in self._records.items()}
 
     def commit(self, facts: Mapping[str, Any], volatile: Mapping[str, Any]) -> Artifact:
         """Write the manifest and put the folder in its place; an older artifact there is replaced.
@@ -314,19 +369,34 @@ class Draft:
             "section": self.section, "inputs": self.inputs, "files": records, "facts": dict(facts),
             "volatile": {**volatile, **({"files": varying} if varying else {})},
         })  # fmt: skip
-        for entry in self.path.iterdir():
-            if entry.name not in {BEGUN, *self._records}:
-                entry.unlink()
         manifest.volatile["id"] = manifest.identity()
-        write_bytes(self.path / MANIFEST, canonical(manifest.model_dump(by_alias=True)) + b"\n")
-        _sync(self.path)
-        _place(self.path, self.target)
+        text = canonical(manifest.model_dump(by_alias=True)) + b"\n"
+        if len(text) > MAX_JSON_BYTES or _num_values(text) > MAX_JSON_VALUES:
+            raise RpgError(
+                f"the manifest of {self.target} would list more files or facts than rpg reads.",
+                "Split this artifact: fewer networks in one zoo, fewer tasks in one request.",
+            )
+        with _writing(self.target):
+            for entry in self.path.iterdir():
+                if entry.name not in {BEGUN, *self._records}:
+                    _remove(entry)
+            write_bytes(self.path / MANIFEST, text)
+            self.resumable = True  # It is whole, and lacks its place alone.
+            _sync(self.path)
+            _place(self.path, self.target)
         return Artifact(self.target, manifest, made_now=True)
 
 
 @contextmanager
 def draft(
-    target: Path, stage: str, *, section: dict[str, Any], inputs: Mapping[str, str], force: bool, resume: bool
+    target: Path,
+    stage: str,
+    *,
+    section: dict[str, Any],
+    inputs: Mapping[str, str],
+    force: bool,
+    resume: bool,
+    as_today: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> Iterator[Draft]:
     """Lock `target` and open its draft, or find it finished.
 
@@ -337,6 +407,7 @@ def draft(
         inputs: Name -> id of the artifacts it is made from.
         force: Replace a finished artifact of another key (at the end), discard an unfinished one.
         resume: Go on with an unfinished artifact of the same key.
+        as_today: The section of a finished artifact as this version writes it, where an older one knew fewer settings.
 
     Raises:
         OutputError: Another process holds the lock, or something else is already there.
@@ -345,18 +416,19 @@ def draft(
     section, inputs = json.loads(canonical(section)), dict(inputs)
     key = _key(stage, section, inputs)
     make_folder(target.parent)
-    with _lock(target):
-        partial, old = _partial(target), _old(target)
-        if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
-            target.rmdir()  # As good as absent: `--out "$(mktemp -d)"`.
-        if target.exists():
-            _check_ours(target)
-            _remove(old)
-        elif old.exists():
-            old.rename(target)
+    partial, old = _partial(target), _old(target)
+    with lock(target):
+        with _writing(target):
+            if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
+                target.rmdir()  # As good as absent: `--out "$(mktemp -d)"`.
+            if target.exists():
+                _check_ours(target)
+                _remove(old)
+            elif old.exists():
+                old.rename(target)
         if target.exists() and not force:
             found = read(target, stage)
-            if found.manifest.key != key:
+            if found.manifest.key != key and _key(stage, as_today(found.section), found.manifest.inputs) != key:
                 raise OutputError(
                     f"{target} exists and was made with other settings.",
                     *differences(found.manifest, section, inputs),
@@ -365,18 +437,23 @@ def draft(
             yield Draft(target, target, stage, section, inputs, resumed=False, finished=found)
             return
         resumed = False
-        if partial.exists() and not {entry.name for entry in partial.iterdir()} - {BEGUN + ".tmp"}:
-            _remove(partial)  # Cut off before it was begun.
+        if partial.is_symlink():
+            raise OutputError(f"{partial} is a link: nothing is written through it.", "Delete it, or move it away.")
+        with _writing(partial):
+            if partial.exists() and not {entry.name for entry in partial.iterdir()} - {BEGUN + ".tmp"}:
+                _remove(partial)  # Cut off before it was begun.
         if partial.exists():
             begun = _begun(partial)
             if resume and begun == key:
                 if (partial / MANIFEST).exists():  # It was whole, and cut off just before its place was taken.
-                    _place(partial, target)
+                    with _writing(target):
+                        _place(partial, target)
                     yield Draft(target, target, stage, section, inputs, resumed=True, finished=read(target, stage))
                     return
                 resumed = True
             elif force:
-                _remove(partial)
+                with _writing(partial):
+                    _remove(partial)
             elif begun == key:
                 raise OutputError(f"{target} is unfinished.", "Pass --resume to go on, or --force to start afresh.")
             else:
@@ -384,15 +461,17 @@ def draft(
                     f"{partial} holds an unfinished `rpg {stage}` with other settings.",
                     "Pass --force to discard it, or give the settings it was begun with and --resume.",
                 )
-        if not resumed:
-            partial.mkdir()
-            write_bytes(partial / BEGUN, canonical({"stage": stage, "key": key}))
         work = Draft(target, partial, stage, section, inputs, resumed, None, resumable=resumed)
         try:
+            if not resumed:
+                with _writing(partial):
+                    partial.mkdir()
+                    write_bytes(partial / BEGUN, canonical({"stage": stage, "key": key}))
             yield work
         except BaseException:
             if not work.resumable:
-                _remove(partial)
+                with suppress(OSError):  # What went wrong before is what matters.
+                    _remove(partial)
             raise
         assert work.target.exists(), "a draft must be committed"
 
@@ -422,7 +501,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: object = No
         storage = own.untyped_storage().data_ptr()
         flat[name] = own.clone() if storage in storages else own  # safetensors refuses tied tensors: each has a copy.
         storages.add(storage)
-    with _replacing(path) as temporary:
+    num_bytes = sum(value.numel() * value.element_size() for value in flat.values())
+    with _replacing(path, num_bytes) as temporary:
         save_file(flat, temporary, metadata={"rpg": canonical(header).decode()})
         _open_up(temporary)
         _sync(temporary)
@@ -434,7 +514,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         RpgError: If it cannot be written, for instance on a full disk.
     """
-    with _replacing(path) as temporary, temporary.open("wb") as file:
+    with _replacing(path, len(content)) as temporary, temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -451,9 +531,7 @@ def make_folder(path: Path) -> None:
     except (FileExistsError, NotADirectoryError):
         raise UsageError(f"{path} is not a folder: a file is in the way.", "Choose another --run.") from None
     except OSError as error:
-        raise UsageError(
-            f"{path} cannot be created: {error.strerror}.", "Choose a --run that you can write to."
-        ) from None
+        raise _unwritable(path, "created", error) from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise UsageError(f"{path} cannot be written.", "Choose a --run that you can write to.")
 
@@ -485,19 +563,44 @@ def _check_ours(target: Path) -> None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` once it is written."""
-    temporary = path.with_name(path.name + ".tmp")
+def _writing(path: Path, num_bytes: int | None = None) -> Iterator[None]:
+    """Turn a failure of the disk into an RpgError that names the file, and the room it needs where that is known."""
     try:
-        yield temporary
-        temporary.replace(path)
+        yield
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        name, reason = path, str(error).rpartition("I/O error: ")[2].partition(" (os error")[0]
+        if isinstance(error, OSError):
+            name, reason = Path(os.fsdecode(error.filename or path)), error.strerror or reason
+        needs = ""
+        if num_bytes is not None:
+            with suppress(OSError):
+                needs = f" ({num_bytes:,} bytes; {shutil.disk_usage(path.parent).free:,} are free)"
         raise RpgError(
-            f"{path} could not be written: {error}.",
+            f"{name} could not be written{needs}: {reason}.",
             "Is the disk full, or the folder gone? Nothing that was finished is lost: run it again with --resume.",
         ) from None
+
+
+@contextmanager
+def _replacing(path: Path, num_bytes: int) -> Iterator[Path]:
+    """A temporary file that takes the place of `path` once it is written."""
+    temporary = path.with_name(path.name + ".tmp")
+    with _writing(path, num_bytes):
+        _remove(temporary)  # Never written through: it may be a link to something else.
+        try:
+            yield temporary
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                _remove(temporary)
+            raise
+
+
+def _unwritable(path: Path, verb: str, error: OSError) -> RpgError:
+    """Why a folder or a lock cannot be made: a place that is no good, or a disk that fails."""
+    if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EINTR):
+        return RpgError(f"{path} could not be {verb}: {error.strerror}.", "Nothing that existed was changed.")
+    return UsageError(f"{path} cannot be {verb}: {error.strerror}.", "Choose a --run that you can write to.")
 
 
 def _remake(stage: str) -> str:
@@ -519,31 +622,54 @@ def _place(partial: Path, target: Path) -> None:
     (partial / BEGUN).unlink(missing_ok=True)  # The manifest names the key from now on.
     if target.exists():
         target.rename(old)
-    partial.rename(target)
+    try:
+        partial.rename(target)
+    except OSError:
+        if old.exists():
+            with suppress(OSError):  # Readers find it under its hidden name as well.
+                old.rename(target)
+        raise
     _sync(target.parent)
     _remove(old)
 
 
 @contextmanager
-def _lock(target: Path) -> Iterator[None]:
+def lock(target: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold the lock of an artifact: alone, to write it, or `shared`, to work on parts that lie elsewhere.
+
+    Raises:
+        LockedError: If another process holds it, and one of the two wants it alone.
+    """
     path = target.with_name(f".{target.name}.lock")
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}.", "Choose another --run.") from None
-    with os.fdopen(descriptor, "r+", errors="replace") as file:
+        raise _unwritable(path, "written", error) from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            raise UsageError(f"{path} is a link to another file, or no file.", "Delete it.")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = "".join(c for c in file.read(40) if c.isdigit())
-            raise OutputError(
-                f"{target} is being written by another process{f' (pid {holder})' if holder else ''}.",
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LockedError(
+                f"{target} is being written by another process{_holder(descriptor)}.",
                 "Wait until it has ended, or choose another --run.",
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with _writing(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield
+    finally:
+        with suppress(OSError):
+            os.close(descriptor)
+
+
+def _holder(lock: int) -> str:
+    """` (pid 123)`: who holds a lock."""
+    time.sleep(0.02)  # Whoever has just taken it puts its number in place of the last one's at once.
+    digits = "".join(c for c in os.pread(lock, 40, 0).decode(errors="replace") if c in "0123456789")
+    return f" (pid {digits})" if digits else ""
 
 
 def _plain_size(path: Path) -> int:
@@ -576,8 +702,16 @@ def _open_up(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.exists():
+    """Delete a folder and all in it, a file, or a link (never what it points to); nothing if it is not there."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _num_values(text: bytes) -> int:
+    """At least the number of values and brackets in a JSON text."""
+    return sum(text.count(mark) for mark in (b",", b"[", b"{"))
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

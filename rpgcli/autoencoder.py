@@ -244,7 +244,10 @@ class NoisyAutoencoder(Autoencoder):
         A mean over vectors, each with its own noise: the losses of a batch's parts, called in order with one generator
         and weighted by their share of it, sum to the loss of the batch (but for batch norm).
         """
-        eps_x, eps_z = noise(x, self.latent_dim, generator)  # (B, P), (B, Z)
+        return self.loss_at(x, *noise(x, self.latent_dim, generator))
+
+    def loss_at(self, x: Tensor, eps_x: Tensor, eps_z: Tensor) -> Tensor:
+        """`loss` under given noise, (B, P) and (B, Z)."""
         z = self.encode(x + self.input_noise * eps_x) + self.latent_noise * eps_z  # (B, Z)
         return (self.decode(z) - x).square().mean()
 
@@ -262,10 +265,9 @@ class Vae(NoisyAutoencoder):
         """Latents mu (B, Z) of parameters (B, P)."""
         return super().encode(x)[:, : self.latent_dim]
 
-    def loss(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def loss_at(self, x: Tensor, eps_x: Tensor, eps_z: Tensor) -> Tensor:
         """Mean squared error of a noisy pass over parameters (B, P), and the weighted divergence of its latents."""
         # fmt: off
-        eps_x, eps_z = noise(x, self.latent_dim, generator)                                       # (B, P), (B, Z)
         mu, log_variance = self.encoder(x + self.input_noise * eps_x).to(x).chunk(2, dim=1)       # (B, Z)
         z = mu + (log_variance / 2).exp() * eps_z                                                 # (B, Z)
         error = (self.decode(z) - x).square().mean()

@@ -20,11 +20,13 @@ from rpgcli.command import (
     RecipeArgument,
     RecipesArgument,
     SeedOption,
+    SharedOptions,
     StageOptions,
     ZooOption,
     app,
     command,
     finish,
+    in_shards,
     main,
     pick_device,
     running,
@@ -35,11 +37,15 @@ from rpgcli.console import Console, human_bytes, human_count, human_seconds
 from rpgcli.errors import ArtifactError, RpgError, UsageError, nearest
 
 if TYPE_CHECKING:
-    from rpgcli.artifact import Artifact
-    from rpgcli.generation import GenerateConfig, MethodName, Request
+    from rpgcli.generation import GenerateConfig, Request, Source
     from rpgcli.recipe import Recipe
 
 __all__ = ["app", "main"]
+
+MAX_ROWS = 1000
+"""Tensors or facts that `inspect` shows; --json has all."""
+MAX_CELL = 200
+"""Characters of a name or fact that it shows."""
 
 # --- stages -----------------------------------------------------------------------------------------------------------
 
@@ -47,9 +53,11 @@ __all__ = ["app", "main"]
 @command("collect")
 def collect(
     console: Console,
-    options: StageOptions,
+    options: SharedOptions,
     recipe: RecipeArgument = None,
-    arch: Annotated[str | None, typer.Option(help="Target network: cnn, convnet3, mlp3, or a name of timm.")] = None,
+    arch: Annotated[
+        str | None, typer.Option(help="Target network: cnn, convnet3, mlp3, rpg-cnn, or a name of timm.")
+    ] = None,
     dataset: Annotated[str | None, typer.Option(help="Data set: digits, fashion-mnist, cifar10, ...")] = None,
     source: Annotated[Path | None, typer.Option("--from", help="Take the networks of this folder instead.")] = None,
     seed: SeedOption = None,
@@ -75,7 +83,12 @@ def collect(
     if options.dry_run:
         show_plan(console, options, "collect", [resolved], data_root)
         return
-    with running(console, options, "collect", data_root=data_root, download=download) as run:
+    given = {"data_root": data_root, "download": download}
+    if source is not None and (options.shard or options.executor):
+        raise UsageError("--from trains nothing: there is nothing to share.", "Leave out --shard and --executor.")
+    if in_shards(console, options, "collect", lambda run, part: pipeline.share_collect(run, part, resolved), **given):
+        return
+    with running(console, options, "collect", **given) as run:
         found = pipeline.run_collect(run, resolved, source=source)
     networks = found.facts["networks"]
     rows, groups = [], {}
@@ -201,7 +214,7 @@ def train_diffusion(
 @command("generate")
 def generate(
     console: Console,
-    options: StageOptions,
+    options: SharedOptions,
     recipe: RecipeArgument = None,
     task_bits: Annotated[str | None, typer.Option(metavar="BITS", help="The task: one bit for each class.")] = None,
     classes: Annotated[str | None, typer.Option(metavar="LIST", help="The task as classes: 2,4.")] = None,
@@ -219,6 +232,8 @@ def generate(
     temperature: Annotated[float | None, typer.Option(min=0, help="Scale of the starting noise.")] = None,
     state: Annotated[str | None, typer.Option(metavar="random|none|I", help="Permutation state.")] = None,
     seed: SeedOption = None,
+    data_root: DataRootOption = None,
+    download: DownloadOption = False,
 ) -> None:
     """Write new networks for a task, or for all validation and unseen tasks and some seen ones."""
     from rpgcli import models, pipeline
@@ -232,17 +247,29 @@ def generate(
         "generate.sampler": None if sampler is None else f'{{kind: "{sampler}"}}',
         "generate.state": None if state is None else f'"{state}"',
     })  # fmt: skip
-    config = stored_recipe(options, recipe, assignments, "generate").generate
-    chosen, trained = models.trained_model(options.run, pick_method(method) or config.method)
-    request = make_request(trained, config, task_bits, classes, tasks, label, accuracy)
+    resolved = stored_recipe(options, recipe, assignments, "generate")
+    source = models.find_source(options.run, method or resolved.generate.method)
+    denoising = {"--steps": steps, "--sampler": sampler, "--temperature": temperature, "--state": state}
+    idle = [option for option, value in denoising.items() if value is not None]
+    if idle and not source.is_learned:
+        raise UsageError(f"{source.method} denoises nothing: {', '.join(idle)} would do nothing.", "Leave it out.")
+    request = make_request(source, resolved.generate, task_bits, classes, tasks, label, accuracy)
     if options.dry_run:
         total = request.count * len(request.asked)
-        size = total * 4 * trained.facts["num_parameters"]
+        size = total * 4 * source.facts["num_parameters"]
         console.note(f"{total} networks · {human_bytes(size)} · request {request.name}")
         console.result({"networks": total, "bytes": size, "request": request.name})
         return
-    with running(console, options, "generate") as run:
-        found = pipeline.run_generate(run, request, config, chosen, trained)
+    given = {"data_root": data_root, "download": download}
+    if tasks == "-" and options.executor is not None:
+        raise UsageError("--tasks - can be read only once.", "With --executor, name a file.")
+    if in_shards(
+        console, options, "generate", lambda run, part: pipeline.share_generate(run, part, resolved, source, request),
+        **given,
+    ):  # fmt: skip
+        return
+    with running(console, options, "generate", **given) as run:
+        found = pipeline.run_generate(run, resolved, source, request)
     seconds = found.manifest.volatile.get("seconds_per_network", [])
     networks = [
         {**n, "path": str(found.path / n["file"]), "seconds": s} for n, s in zip(found.facts["networks"], seconds)
@@ -261,14 +288,18 @@ def generate(
         console.note(f"and {len(networks) - len(rows)} more")
     following = f"inspect {shlex.quote(str(found.path))}"
     if all(x is None for x in (task_bits, classes, tasks, label, accuracy)):
-        following = evaluation_of(found.path, options, chosen)
-    finish(console, options, found, {"networks": networks, "sampling": found.facts["sampling"]}, following)
+        following = evaluation_of(found.path, options, source)
+    chosen: dict[str, Any] = {name: found.facts[name] for name in ("sampling", "settings") if name in found.facts}
+    if found.facts.get("settings", {}).get("chosen"):
+        tried = ", ".join(f"{name} {value}" for name, value in chosen["settings"]["chosen"].items())
+        console.note(f"chosen on validation tasks: {tried}; accuracy {chosen['settings']['validation']:.4f} there")
+    finish(console, options, found, {"networks": networks, **chosen}, following)
 
 
 @command("evaluate")
 def evaluate(
     console: Console,
-    options: StageOptions,
+    options: SharedOptions,
     recipe: RecipeArgument = None,
     request: Annotated[
         str | None,
@@ -276,6 +307,17 @@ def evaluate(
             metavar="NAME", help="Folder in RUN/generated to judge; default: of `rpg generate` without a task."
         ),
     ] = None,
+    generated: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Judge the networks of this folder: .safetensors or .pth files of any program, or ours."
+        ),
+    ] = None,
+    arch: Annotated[str | None, typer.Option(help="Architecture of the networks in a --zoo that is not ours.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Data set of these networks.")] = None,
+    finetune: Annotated[
+        bool, typer.Option("--finetune", help="Also train from generated and from other starts: what is saved?")
+    ] = False,
     min_accuracy: Annotated[
         float | None, typer.Option(min=0, max=1, help="Exit 5 if generated networks stay below.")
     ] = None,
@@ -286,18 +328,41 @@ def evaluate(
     download: DownloadOption = False,
 ) -> None:
     """Compare generated networks with trained ones and with trivial generators, on test images."""
-    from rpgcli import pipeline
+    from rpgcli import foreign, pipeline
+    from rpgcli.evaluation.initialisation import InitialisationConfig
     from rpgcli.evaluation.report import check_gate
 
-    resolved = stored_recipe(options, recipe, options.assignments({"evaluate.seed": seed}), "evaluate")
+    assignments = options.assignments({"evaluate.seed": seed})
+    if generated is None:
+        if arch is not None or dataset is not None:
+            raise UsageError("--arch and --dataset describe networks of others.", "Name their folder: --generated DIR.")
+        resolved = stored_recipe(options, recipe, assignments, "evaluate")
+    else:
+        if request is not None or method is not None:
+            raise UsageError("--generated names the networks already.", "Leave out --request and --method.")
+        resolved = recipe_of_others(options, recipe, assignments, zoo, arch, dataset)
+    if finetune and resolved.evaluate.initialisation is None:
+        more = {"initialisation": InitialisationConfig()}
+        resolved = resolved.model_copy(update={"evaluate": resolved.evaluate.model_copy(update=more)})
     if options.dry_run:
-        show_plan(console, options, "evaluate", [resolved], data_root, zoo=zoo)
+        planned = resolved if generated is None else foreign.counted(resolved, generated)
+        show_plan(console, options, "evaluate", [planned], data_root, zoo=zoo)
         return
-    at = pipeline.generated_folder(options.run, request, resolved, pick_method(method))
-    with running(console, options, "evaluate", zoo=zoo, data_root=data_root, download=download) as run:
+    at = generated or pipeline.generated_folder(options.run, request, resolved, method)
+    if generated is not None and (options.shard or options.executor):
+        raise UsageError("--generated is judged by one process.", "Leave out --shard and --executor.")
+    given = {"zoo": zoo, "data_root": data_root, "download": download}
+    if in_shards(
+        console, options, "evaluate", lambda run, part: pipeline.share_evaluate(run, part, resolved, at), **given
+    ):
+        return
+    with running(console, options, "evaluate", **given) as run:
+        if generated is not None:
+            run, at = foreign.bring(run, resolved, generated)
         found = pipeline.run_evaluate(run, resolved, at)
     report = found.json("report.json")
     show_groups(console, report)
+    show_starts(console, report.get("initialisation"))
     console.done(report["verdict"])
     finish(console, options, found, report, f"verify {shlex.quote(str(options.run))}")
     if min_accuracy is not None:
@@ -346,12 +411,18 @@ def inspect_(
 ) -> None:
     """Show what a run, an artifact or a network file holds."""
     from rpgcli import artifact
+    from rpgcli.strict_yaml import printable
 
     path = path or options.run
     if path.is_file():
         tensors = artifact.tensors_of(path)
-        rows = [[name, "x".join(map(str, shape)) or "scalar", dtype] for name, (dtype, shape) in tensors.items()]
+        rows = [
+            [printable(name, MAX_CELL), printable("x".join(map(str, shape)) or "scalar", MAX_CELL), dtype]
+            for name, (dtype, shape) in list(tensors.items())[:MAX_ROWS]
+        ]
         console.table(str(path), ["tensor", "shape", "dtype"], rows, numeric=["shape"])
+        if len(tensors) > MAX_ROWS:
+            console.note(f"and {len(tensors) - MAX_ROWS} more; --json lists all")
         console.result({"tensors": {n: {"dtype": d, "shape": list(s)} for n, (d, s) in tensors.items()}})
         return
     folders = artifacts_in(path)
@@ -368,7 +439,8 @@ def inspect_(
     rows = [[s["path"], s["stage"], s["id"][:12], s["files"], human_bytes(s["bytes"])] for s in summaries]
     console.table("", ["folder", "made by", "id", "files", "size"], rows, numeric=["files", "size"])
     if len(summaries) == 1:
-        facts = [[k, v] for k, v in summaries[0]["facts"].items()]
+        given = list(summaries[0]["facts"].items())[:MAX_ROWS]
+        facts = [[printable(k, MAX_CELL), printable(str(v), MAX_CELL)] for k, v in given]
         console.table("", ["fact", "value"], facts)
     console.result({"artifacts": summaries})
 
@@ -420,27 +492,27 @@ def doctor(console: Console, options: Options, data_root: DataRootOption = None)
 
 
 def make_request(
-    trained: "Artifact", config: "GenerateConfig", task_bits: str | None, classes: str | None, tasks: str | None,
+    source: "Source", config: "GenerateConfig", task_bits: str | None, classes: str | None, tasks: str | None,
     label: str | None, accuracy: float | None,
 ) -> "Request":  # fmt: skip
     """What `rpg generate` was asked for.
 
     Raises:
-        UsageError: If a task is not one of this model's.
+        UsageError: If a task is not one of this zoo's.
     """
     from rpgcli import artifact, generation
     from rpgcli.conditions import Asked
     from rpgcli.tasks import parse_classes, parse_task_bits, read_tasks
 
-    names = trained.facts["network"]["classes"]
+    names = source.facts["network"]["classes"]
     if label is not None or accuracy is not None:
         asked = Asked(label=label, accuracy=accuracy)
-        return generation.request_of(trained, config, [asked], asked.words)
+        return generation.request_of(source, config, [asked], asked.words)
     if task_bits is None and classes is None and tasks is None:
-        return generation.default_request(trained, config)
+        return generation.default_request(source, config)
     if tasks is None:
         bits = parse_task_bits(task_bits, names) if task_bits is not None else parse_classes(classes or "", names)
-        return generation.request_of(trained, config, [Asked(task_bits=bits)], bits)
+        return generation.request_of(source, config, [Asked(task_bits=bits)], bits)
     try:
         lines = sys.stdin.readlines() if tasks == "-" else Path(tasks).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -449,10 +521,10 @@ def make_request(
         ) from None
     listed = read_tasks(lines, names)
     name = f"list-{artifact.digest(listed)[:8]}"
-    return generation.request_of(trained, config, [Asked(task_bits=bits) for bits in listed], name)
+    return generation.request_of(source, config, [Asked(task_bits=bits) for bits in listed], name)
 
 
-def with_method(words: str, options: Options, method: "MethodName") -> str:
+def with_method(words: str, options: Options, method: str) -> str:
     """The next command, told the method where the run holds several models."""
     from rpgcli.models import STAGE_OF
 
@@ -460,13 +532,46 @@ def with_method(words: str, options: Options, method: "MethodName") -> str:
     return f"{words} --method {method}" if num_models > 1 else words
 
 
-def evaluation_of(generated: Path, options: Options, method: "MethodName") -> str:
+def recipe_of_others(
+    options: StageOptions, name: str | None, assignments: list[str], zoo: Path | None, arch: str | None,
+    dataset: str | None,
+) -> "Recipe":  # fmt: skip
+    """What networks of others are judged by: --arch and --dataset, or the recipe that the run or the zoo has.
+
+    Raises:
+        UsageError: If nothing says what the networks are, or the zoo says otherwise.
+    """
+    from rpgcli import foreign, pipeline
+    from rpgcli import recipe as recipes
+    from rpgcli.targets import parse_arch
+    from rpgcli.tasks import parse_dataset
+
+    target = None if arch is None else parse_arch(arch)
+    data = None if dataset is None else parse_dataset(dataset)
+    stored = (options.run / pipeline.RECIPE).is_file()
+    if zoo is not None and foreign.is_plain(zoo):
+        if name is None and target is None and data is None and stored:
+            return stored_recipe(options, None, assignments, "evaluate")
+        if name is None and (target is None or data is None):
+            raise UsageError(
+                f"nothing says what the networks of {zoo} are.", "Give --arch NAME and --dataset NAME, or a recipe."
+            )
+        task = ["name=foreign", "task.kind=multi-class"] if name is None else []
+        return recipes.load(name, [*task, *assignments], target=target, dataset=data)
+    foreign.check_described(options.run / "zoo" if zoo is None else zoo, target, data)
+    if zoo is not None and not stored and (zoo.parent / pipeline.RECIPE).is_file():
+        return recipes.read_stored(zoo.parent / pipeline.RECIPE, assignments)
+    return stored_recipe(options, name, assignments, "evaluate")
+
+
+def evaluation_of(generated: Path, options: Options, source: "Source") -> str:
     """The command that judges networks which were generated without asking for anything."""
     from rpgcli import pipeline
 
     resolved = stored_recipe(options, None, [], "generate")
-    words = with_method("evaluate", options, method)
-    if generated != pipeline.generated_folder(options.run, None, resolved, method):
+    words = with_method("evaluate", options, source.method)
+    by_itself = pipeline.generated_folder(options.run, None, resolved, source.method)
+    if generated != by_itself or not source.is_learned:
         is_own = generated.parent == options.run / "generated"
         words = f"evaluate --request {shlex.quote(generated.name if is_own else str(generated.resolve()))}"
     zoo = pipeline.zoo_of(options.run)
@@ -506,6 +611,32 @@ def show_groups(console: Console, report: dict[str, Any]) -> None:
         console.table("share of networks in a level, on test images", ["level", "asked for it", "asked for none"], rows)
 
 
+def show_starts(console: Console, found: dict[str, Any] | None) -> None:
+    """How fast training reaches the accuracy of trained networks from each start."""
+    if found is None:
+        return
+    targets = [f"to {t['fraction']:.0%}" for t in found["targets"]]
+    rows = []
+    for start in found["starts"]:
+        test, error = start["test"]["mean"], start["test"]["se"]
+        epochs = [
+            "-" if r["epochs"] is None
+            else f"{r['epochs']}" + (f" ({r['speed_up']:.1f}x)" if r["speed_up"] not in (None, 1) else "")
+            for r in start["reached"]
+        ]  # fmt: skip
+        seconds = start["seconds_per_start"]
+        figures = [f"{test[0]:.4f}", f"{test[-1]:.4f}", f"{error[-1]:.4f}"]
+        rows.append([start["name"], start["count"], *figures, *epochs, "-" if seconds is None else f"{seconds:.3g}"])
+    columns = ["start", "count", "before", "after", "se", *targets, "s/start"]
+    title = f"training for {found['training']['epochs']} epochs of {found['seconds_per_epoch']:.3g} s from each start"
+    console.table(title, columns, rows, numeric=columns[1:])
+    share = found["trained"]
+    console.note(
+        f"epochs until validation accuracy reaches a share of the trained networks' {share['validation']:.4f} "
+        f"(test {share['test']:.4f}), median of {found['num_seeds']} seeds; how many times fewer than from fresh ones"
+    )
+
+
 def show_selection(console: Console, selection: dict[str, Any] | None) -> None:
     """How a trained model will be sampled, and what else was tried."""
     rows = []
@@ -523,19 +654,6 @@ def in_words(network: dict[str, Any], classes: Sequence[str]) -> str:
     if bits is not None:
         return f"{bits} ({', '.join(c for c, bit in zip(classes, bits) if bit == '1')})"
     return label or ("-" if accuracy is None else f"accuracy {accuracy:g}")
-
-
-def pick_method(name: str | None) -> Any:
-    """The method that --method names.
-
-    Raises:
-        UsageError: If there is none of that name.
-    """
-    from rpgcli.models import STAGE_OF
-
-    if name is not None and name not in STAGE_OF:
-        raise UsageError(f"--method {name!r} is unknown{nearest(name, STAGE_OF)}", f"Known: {', '.join(STAGE_OF)}.")
-    return name
 
 
 def training_recipes(
@@ -563,11 +681,28 @@ def show_plan(
     set_threads(options)
     device, run = pick_device(options.device), None if named else options.run
     zoo = zoo if run is None or zoo is not None else pipeline.zoo_of(run)
-    plans = [planning.plan(stage, recipe, run=run, zoo=zoo, data_root=data_root, device=device) for recipe in resolved]
+    plans = [
+        planning.plan(stage, recipe, run=run, zoo=zoo, data_root=data_root, device=device, place=options.run)
+        for recipe in resolved
+    ]
     for plan in plans:
         rows = [in_units(name, value) for name, value in plan.items() if name not in {"recipe", "stage"}]
         console.table(f"{plan['recipe']}: rpg {stage}", ["what", "how much"], rows, numeric=["how much"])
+    if stage == "train-rpg" and len(plans) > 1:
+        columns = ["recipe", "parameters", "tokens", "model", "disk", "training", "generating", "here"]
+        console.table("", columns, [side_by_side(plan) for plan in plans], numeric=columns[1:-1])
     console.result({"plans": plans})
+
+
+def side_by_side(plan: dict[str, Any]) -> list[str]:
+    """A row for one of several plans of train-rpg; training and generating as memory."""
+    lacking = {"fits": "memory to train", "generating fits": "memory to generate", "fits on disk": "disk"}
+    lacks = [what for name, what in lacking.items() if not plan[name]]
+    sizes = ("model_bytes", "disk_bytes", "peak_memory_bytes", "peak_memory_of_generating_bytes")
+    return [
+        plan["recipe"], human_count(plan["parameters"]), human_count(plan["tokens"]),
+        *(human_bytes(plan[name]) for name in sizes), f"lacks {', '.join(lacks)}" if lacks else "runs",
+    ]  # fmt: skip
 
 
 def in_units(name: str, value: Any) -> list[str]:

@@ -6,13 +6,14 @@ torch and everything that imports it are imported inside functions, so that `rpg
 """
 
 import inspect
+import io
 import os
 import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -23,11 +24,13 @@ from rpgcli import __version__
 from rpgcli.console import Advance, Console, human_seconds
 from rpgcli.errors import Interrupted, RpgError, UsageError, nearest
 from rpgcli.progress import Step
+from rpgcli.ranks import ALONE, Ranks, Released, here
 
 if TYPE_CHECKING:
     from rpgcli.artifact import Artifact
     from rpgcli.pipeline import Run
     from rpgcli.recipe import Recipe
+    from rpgcli.sharding import Shard, Share
 
 ClickUsageError: Any = typer.BadParameter.__base__
 """Typer carries its own click: this is its class of wrong arguments."""
@@ -58,7 +61,13 @@ RecipesArgument = Annotated[
 ZooOption = Annotated[Path | None, typer.Option("--zoo", help="Read the zoo from this folder instead of the run's.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of this stage.")]
 MethodOption = Annotated[
-    str | None, typer.Option("--method", help="rpg or pdiff; default: the only model that the run holds.")
+    str | None,
+    typer.Option(
+        "--method",
+        help="rpg, pdiff, or a trivial generator: average, average-trunk, soup (soup-16), interpolation, gaussian, "
+        "noise (noise-0.1), kde (latent-kde), finetuned, ...; of tasks: nearest, ridge, ridge-pairs, mlp, ...; "
+        "default: the only model that the run holds.",
+    ),
 ]
 DataRootOption = Annotated[Path | None, typer.Option("--data-root", help="Folder that holds the data set's files.")]
 DownloadOption = Annotated[bool, typer.Option("--download", help="Allow fetching data sets or published weights.")]
@@ -69,6 +78,18 @@ SetOption = Annotated[
 OutOption = Annotated[Path | None, typer.Option("--out", help="Write the artifact to this folder instead of the run.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there, atomically, at the end.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted stage.")]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Compute only part I of N, I from 0 to N - 1; the same command without --shard, with --resume, puts all "
+        "together. Machines share the run's folder.",
+    ),
+]
+ExecutorOption = Annotated[
+    str | None,
+    typer.Option(metavar="local:N|ray", help="Share the work among N processes (each with --threads), or over Ray."),
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show counts, sizes and a time estimate; do nothing.")]
 
 
@@ -101,6 +122,14 @@ class StageOptions(Options):
         return [*(self.settings or []), *given]
 
 
+@dataclass(frozen=True)
+class SharedOptions(StageOptions):
+    """Options of a stage that several processes or machines can share."""
+
+    shard: ShardOption = None
+    executor: ExecutorOption = None
+
+
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -121,18 +150,23 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         def run(**arguments: Any) -> None:
             given: Options = kind(**{f.name: arguments.pop(f.name) for f in fields(kind)})
             console = Console(quiet=given.quiet, verbose=given.verbose, json_mode=given.json)
+            ranks = ALONE
             try:
+                ranks = here()
                 if given.run.exists() and not given.run.is_dir():
                     raise UsageError(f"--run {given.run} is not a folder.", "Name a folder, or one that can be made.")
-                with console.listening():
-                    function(console, given, **arguments)
+                shown = console if ranks.first else Console(quiet=True, stdout=io.StringIO(), stderr=io.StringIO())
+                with shown.listening():
+                    function(shown, given, **arguments)
+            except Released:
+                return
             except RpgError as error:
-                fail(console, error, trace=given.verbose >= 2)
+                fail(console, error, ranks, trace=given.verbose >= 2)
             except BrokenPipeError:
                 raise typer.Exit(128 + signal.SIGPIPE) from None
             except OSError as error:
                 what = f"{error.filename or 'the system'}: {error.strerror or error}."
-                fail(console, RpgError(what, "Nothing that existed was changed."), trace=given.verbose >= 2)
+                fail(console, RpgError(what, "Nothing that existed was changed."), ranks, trace=given.verbose >= 2)
 
         keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
         run.__signature__ = inspect.Signature([*keyword, *shared])  # type: ignore[attr-defined]
@@ -196,6 +230,8 @@ class running:
 
     def __init__(self, console: Console, options: StageOptions, stage: str, **more: Any) -> None:
         self.console, self.options, self.stage, self.more = console, options, stage, more
+        self.merges = isinstance(options, SharedOptions) and options.executor is not None
+        """Whether other processes compute what this one puts together."""
         self.signal = 0
         self.bars = ExitStack()
         self.shown: tuple[str, int] | None = None
@@ -204,11 +240,17 @@ class running:
     def __enter__(self) -> "Run":
         from rpgcli import pipeline
 
-        given = self.options
+        given, ranks = self.options, here()
         set_threads(given)
+        if ranks.size > 1 and not self.stage.startswith("train-"):
+            raise UsageError(
+                f"torchrun has started rpg {self.stage} {ranks.size} times, and each would do the same.",
+                "Only train-rpg, train-ae and train-diffusion share their work; type rpg without torchrun.",
+            )
+        device = pick_device(given.device)
         run = pipeline.Run(
-            given.run, device=pick_device(given.device), dtype=pick_dtype(given.dtype), on_step=self.on_step,
-            out=given.out, force=given.force, resume=given.resume, **self.more,
+            given.run, device=device, dtype=pick_dtype(given.dtype), on_step=self.on_step, out=given.out,
+            force=given.force, resume=given.resume or self.merges, ranks=ranks.join(device), **self.more,
         )  # fmt: skip
         self.before = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
         return run
@@ -225,7 +267,8 @@ class running:
         if self.signal:
             os._exit(128 + number)
         self.signal = number
-        self.console.note("stopping after this step; once more stops at once")
+        with suppress(RuntimeError):  # The signal may have come in the middle of a line.
+            self.console.note("stopping after this step; once more stops at once")
 
     def on_step(self, step: Step) -> None:
         """Show a step; a new phase gets a new bar."""
@@ -238,6 +281,60 @@ class running:
             self.shown = (step.phase, step.total)
         assert self.advance is not None
         self.advance(step.done, **step.facts)
+
+
+def in_shards(
+    console: Console, options: SharedOptions, stage: str, share: Callable[["Run", "Shard"], "Share"], **more: Any
+) -> bool:
+    """Compute what --shard names and say so; or, with --executor, let other processes compute all shards.
+
+    Returns:
+        Whether that was all: True for a shard, False where the stage itself follows.
+
+    Raises:
+        UsageError: If an option has a wrong form, or both are given.
+    """
+    from rpgcli import sharding
+
+    shard = None if options.shard is None else sharding.Shard.parse(options.shard)
+    executor = None if options.executor is None else sharding.Executor.parse(options.executor)
+    if shard is not None and executor is not None:
+        raise UsageError("--shard and --executor were given.", "An executor starts all shards: leave out --shard.")
+    if executor is not None:
+        with running(console, options, stage, **more) as run:
+            executor.run(shard_arguments(options), run.on_step, devices=devices_of(options))
+    if shard is None:
+        return False
+    with running(console, options, stage, **more) as run:
+        found = share(run, shard)
+    if found.finished is not None:
+        console.done(f"{found.finished.path}: up to date")
+    else:
+        new = f"{found.num_computed} of them new" if found.num_computed else "up to date"
+        console.done(f"shard {shard}: {found.num_blocks} of {found.num_all} blocks in {found.folder}, {new}")
+    console.result({
+        "shard": str(shard), "path": str(found.folder), "blocks": found.num_blocks, "computed": found.num_computed,
+        "blocks_of_all": found.num_all, "up_to_date": not found.num_computed,
+    })  # fmt: skip
+    return True
+
+
+def shard_arguments(options: SharedOptions) -> list[str]:
+    """The command line that is at work, as it is given to shards."""
+    words = sys.argv[1:]
+    for i, word in enumerate(words):
+        if word.partition("=")[0] == "--executor":
+            del words[i : i + 1 + (word == "--executor")]
+            break
+    return [words[0], "--run", str(options.run), "--json", "--quiet", *words[1:]]
+
+
+def devices_of(options: SharedOptions) -> list[str]:
+    """The GPUs that shards of this machine share out among them, if there are several and none was named."""
+    import torch
+
+    num = torch.cuda.device_count() if options.device in {"auto", "cuda"} else 0
+    return [f"cuda:{i}" for i in range(num)] if num > 1 else []
 
 
 def finish(console: Console, options: Options, found: "Artifact", facts: dict[str, Any], following: str) -> None:
@@ -259,7 +356,7 @@ def set_threads(options: Options) -> None:
 
 
 def pick_device(text: str) -> Any:
-    """The device that --device names.
+    """The device that --device names; of the processes that train together, each has a GPU of its own.
 
     Raises:
         UsageError: If it does not exist here.
@@ -267,10 +364,14 @@ def pick_device(text: str) -> Any:
     import torch
 
     if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        text = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = text.partition(":")
     if kind not in {"cpu", "cuda"} or (number and not number.isdecimal()) or (kind == "cpu" and number):
         raise UsageError(f"--device {text!r} is not a device.", "Give auto, cpu, cuda or cuda:I.")
+    if kind == "cuda" and here().size > 1:
+        if number:
+            raise UsageError(f"--device {text} gives all processes the same GPU.", "Leave it out: each takes its own.")
+        text, number = f"cuda:{here().local_rank}", str(here().local_rank)
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {text} does not exist here.", f"CUDA devices found: {torch.cuda.device_count()}.")
     return torch.device(text)
@@ -293,11 +394,12 @@ def pick_dtype(text: str) -> Any:
 # --- how it ends ------------------------------------------------------------------------------------------------------
 
 
-def fail(console: Console, error: RpgError, *, trace: bool) -> NoReturn:
-    """Show an error once and end with its exit code."""
-    console.error(error)
-    if trace:
-        traceback.print_exception(error)
+def fail(console: Console, error: RpgError, ranks: Ranks, *, trace: bool) -> NoReturn:
+    """Show an error once, in whichever process it ends first, and end with its exit code."""
+    if ranks.fail_with(error):
+        console.error(error)
+        if trace:
+            traceback.print_exception(error)
     raise typer.Exit(error.exit_code)
 
 

@@ -174,12 +174,13 @@ def spoken(levels: Sequence[tuple[float, float]]) -> str:
 
 
 class ConditionNet(nn.Module):
-    """Features of a condition through a small network."""
+    """Features of a condition through a small network, `d_model` wide inside or `d_condition`."""
 
-    def __init__(self, num_features: int, d_model: int) -> None:
+    def __init__(self, num_features: int, d_model: int, d_condition: int | None = None) -> None:
         super().__init__()
         self.num_features = num_features
-        self.net = nn.Sequential(nn.Linear(num_features, d_model), nn.SiLU(), nn.Linear(d_model, d_model))
+        inside = d_condition or d_model
+        self.net = nn.Sequential(nn.Linear(num_features, inside), nn.SiLU(), nn.Linear(inside, d_model))
 
     def forward(self, features: Tensor) -> Tensor:  # (B, C)
         """(B, M)."""

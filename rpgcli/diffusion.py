@@ -155,16 +155,33 @@ class Diffusion(nn.Module):
         Returns:
             Scalar.
         """
-        t = torch.randint(self.num_steps, x_0.shape[:1], generator=generator, device=generator.device)  # (K,)
-        eps = torch.randn(x_0.shape, generator=generator, device=generator.device)  # (K, D)
+        t, eps = self.draw(x_0.shape, generator)
         return self.loss_at(denoiser, x_0, c, mask, t.to(x_0.device), eps.to(x_0.device))
 
-    def loss_at(self, denoiser: Denoiser, x_0: Tensor, c: Tensor, mask: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """`loss` at given steps (K,) and noise (K, D). Padded slots are zero for the denoiser and count nowhere."""
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Random steps (K,) and unit noise of `shape` (K, D)."""
+        t = torch.randint(self.num_steps, shape[:1], generator=generator, device=generator.device)  # (K,)
+        return t, torch.randn(shape, generator=generator, device=generator.device)  # (K, D)
+
+    def loss_at(
+        self,
+        denoiser: Denoiser,
+        x_0: Tensor,
+        c: Tensor,
+        mask: Tensor,
+        t: Tensor,
+        eps: Tensor,
+        num_learned: Tensor | int | None = None,
+    ) -> Tensor:
+        """`loss` at given steps (K,) and noise (K, D). Padded slots are zero for the denoiser and count nowhere.
+
+        Where these tokens are a part of a batch, `num_learned` are the slots that hold parameters in all of it: the
+        losses of its parts then sum to that of the batch.
+        """
         # fmt: off
         x_0    = x_0.masked_fill(~mask, 0)                                    # (K, D)
         x_t    = self.q_sample(x_0, t, eps).masked_fill(~mask, 0)             # (K, D)
         output = denoiser(x_t, t, denoiser.embed(c))                          # (K, D)
         error  = output.float() - self.output_target(x_0, eps, t)             # (K, D)
         # fmt: on
-        return error.masked_fill(~mask, 0).square().sum() / mask.sum()
+        return error.masked_fill(~mask, 0).square().sum() / (mask.sum() if num_learned is None else num_learned)

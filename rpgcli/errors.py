@@ -52,6 +52,10 @@ class OutputError(RpgError):
     exit_code = 4
 
 
+class LockedError(OutputError):
+    """Another process is writing the output; it may be waited for."""
+
+
 class GateError(RpgError):
     """A quality gate that was asked for was not met; everything was written."""
 

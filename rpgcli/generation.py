@@ -1,7 +1,10 @@
 """Generate: from a request to whole networks on disk.
 
-Sample i of seed S for a task draws from the stream named (S, task, i) and is computed by itself, so it does not depend
-on how many others are asked for, nor on their order.
+    Source --opened--> Maker --one Sample after another--> networks
+
+A source is a trained model, or the tokens of a zoo and a trivial way of making networks. Sample i of seed S for
+a task draws from the stream named (S, task, i) and is computed by itself, so it does not depend on how many others are
+asked for, nor on their order.
 
 Letters: L tokens of a network, R rows of width D that are denoised together (RPG: the tokens; p-diff: one latent),
 M = width of a prototype.
@@ -9,18 +12,19 @@ M = width of a prototype.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from rpgcli import artifact, rng
 from rpgcli.artifact import Artifact
 from rpgcli.conditions import Asked, Condition, parse_state
 from rpgcli.config import Config
-from rpgcli.errors import RpgError, UsageError
+from rpgcli.errors import RpgError, UsageError, nearest
 from rpgcli.layout import Layout
+from rpgcli.methods import LEARNED, METHODS, SHORT
 from rpgcli.samplers import DdimConfig, Denoised, SamplerConfig
 from rpgcli.samplers import sample as denoise
 from rpgcli.tokens import Statistics, detokenize
@@ -29,16 +33,26 @@ MANY = 20
 """Networks of a model without tasks, if nobody says how many: one would say nothing of its distribution."""
 KEPT_PROTOTYPES = 16
 """Conditions whose prototypes are kept: a request draws its states in any order."""
+DENOISING = frozenset({"sampler", "num_steps", "temperature", "state"})
+"""Settings that only a trained model reads."""
 
 
-MethodName = Literal["rpg", "pdiff"]
+def method_name(name: str) -> str:
+    """The whole name of a method.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if name not in METHODS and name not in SHORT:
+        raise ValueError(f"unknown method {name!r}{nearest(name, [*METHODS, *SHORT])}")
+    return SHORT.get(name, name)
 
 
 class GenerateConfig(Config):
     """How networks are sampled; what is left out was chosen on validation tasks when the model was trained."""
 
-    method: MethodName | None = None
-    """Which model of the run; left out: the only one there is."""
+    method: Annotated[str, AfterValidator(method_name)] | None = None
+    """Which model of the run, or which trivial generator; left out: the only model there is."""
     seed: int = 0
     """Names the noise of every sample."""
     count: PositiveInt | None = None
@@ -88,10 +102,43 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where networks come from: a trained model, or the tokens of a zoo and a trivial way of making networks."""
+
+    method: str
+    inputs: Mapping[str, Artifact]
+    """What is read, by its folder; the first one knows the zoo's tasks and its target network."""
+    condition: Condition | None
+    """What can be asked of it."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Of the zoo: `tasks`, `problem`, `network`, `num_parameters`."""
+        return next(iter(self.inputs.values())).facts
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether it is a trained model."""
+        return self.method in LEARNED
+
+
+@dataclass(frozen=True)
+class Maker:
+    """An opened source."""
+
+    make: Callable[[Sample], tuple[dict[str, Tensor], int]]
+    """The network that is asked for, and its permutation state (0 or -1 where there are none)."""
+    facts: Mapping[str, Any]
+    """`sampling` (of a trained model), and `settings` that were chosen on validation tasks."""
+    training_seconds: float | None
+    """What was spent before the first network could be made, the zoo apart."""
+
+
+@dataclass(frozen=True)
 class Model:
     """A trained method with what turns its samples into networks; all on one device, in evaluation mode."""
 
-    name: MethodName
+    name: str
     method: Method
     mask: Tensor
     """What varies and is sampled, (R, D)."""
@@ -211,18 +258,18 @@ def condition_of(trained: Artifact) -> Condition | None:
     return Condition.from_json(stored) if stored is not None else None
 
 
-def default_request(trained: Artifact, config: GenerateConfig) -> Request:
-    """What a model is asked for when nobody says.
+def default_request(source: Source, config: GenerateConfig) -> Request:
+    """What a source is asked for when nobody says.
 
     Task bits: all validation and unseen tasks and a sample of the seen. Labels and levels: each, and levels also
     nothing. An accuracy: its mean, and a deviation below and above. An unconditional model: nothing.
     """
-    condition = condition_of(trained)
+    condition = source.condition
     count = config.num_networks(has_tasks=condition is not None and condition.kind == "task-bits")
     if condition is None:
         return Request("all", [Asked()], count)
     if condition.kind == "task-bits":
-        tasks = trained.facts["tasks"]
+        tasks = source.facts["tasks"]
         chosen = [Asked("seen", bits) for bits in tasks["seen"][: config.num_seen]]
         chosen += [Asked(split, bits) for split in ("validation", "unseen") for bits in tasks[split]]
         return Request("tasks", chosen, count)
@@ -235,19 +282,19 @@ def default_request(trained: Artifact, config: GenerateConfig) -> Request:
     return Request("accuracies", [Asked(accuracy=accuracy) for accuracy in around], count)
 
 
-def request_of(trained: Artifact, config: GenerateConfig, asked: Sequence[Asked], name: str) -> Request:
+def request_of(source: Source, config: GenerateConfig, asked: Sequence[Asked], name: str) -> Request:
     """A request for given tasks, a label, or an accuracy; a task that is not in the zoo is unseen.
 
     Raises:
-        UsageError: If the model cannot be asked for that.
+        UsageError: If the source cannot be asked for that.
     """
-    condition = condition_of(trained)
+    condition = source.condition
     if condition is None:
         raise UsageError(
-            "this model is unconditional: nothing can be asked of it.",
+            f"{source.method} is unconditional: nothing can be asked of it.",
             "Leave out --task-bits, --classes, --tasks, --label and --accuracy.",
         )
-    sides = {bits: split for split, side in trained.facts["tasks"].items() for bits in side}
+    sides = {bits: split for split, side in source.facts["tasks"].items() for bits in side}
     for one in asked:
         condition.check(one)
     placed = [
@@ -256,9 +303,10 @@ def request_of(trained: Artifact, config: GenerateConfig, asked: Sequence[Asked]
     return Request(name, placed, config.num_networks(has_tasks=condition.kind == "task-bits"))
 
 
-def request_folder(request: Request, config: GenerateConfig, method: MethodName) -> str:
-    """`[pdiff-]<bits, label, accuracy or tasks>-s<seed>-n<count>[-<hash of the other settings that were given>]`."""
-    rest = config.model_dump(mode="json", exclude={"seed", "count", "method"}, exclude_defaults=True)
+def request_folder(request: Request, config: GenerateConfig, method: str) -> str:
+    """`[method-]<bits, label, accuracy or tasks>-s<seed>-n<count>[-<hash of the other settings that were given>]`."""
+    named = {"seed", "count", "method"} | (set() if method in LEARNED else DENOISING)
+    rest = config.model_dump(mode="json", exclude=named, exclude_defaults=True)
     suffix = f"-{artifact.digest(rest)[:8]}" if rest else ""
     prefix = "" if method == "rpg" else f"{method}-"
     return f"{prefix}{request.name}-s{config.seed}-n{request.count}{suffix}"

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rpgcli.artifact import tensors_of
 from rpgcli.errors import ArtifactError, LayoutError
 
 MAX_BYTES = 4 << 30
@@ -65,19 +66,20 @@ def networks_in(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: [(_natural(part), part) for part in path.relative_to(folder).parts])
 
 
-def read_network(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Tensor]:
+def read_network(path: Path, max_bytes: int = MAX_BYTES, *, must_be_finite: bool = True) -> dict[str, Tensor]:
     """The state dict in a foreign file, its tensors on the CPU and independent of the file.
 
     Args:
         path: A `.safetensors`, `.pth` or `.pt` file.
         max_bytes: Refuse files, and networks, that are larger.
+        must_be_finite: Refuse NaN and infinity.
 
     Returns:
         Tensors by name, in the file's order.
 
     Raises:
         ArtifactError: If the file is missing, too large, damaged, no state dict, runs code, or holds suspicious
-            names or values that are not finite.
+            names, or values that are not finite.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise ArtifactError(f"{path} is not a file of a network.", f"Expected a name ending in {', '.join(SUFFIXES)}.")
@@ -92,8 +94,21 @@ def read_network(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Tensor]:
         raise _too_large(path, num_bytes, max_bytes)
     for name, tensor in state.items():
         _check_name(name, path)
-        _check_finite(name, tensor, path)
+        if must_be_finite:
+            _check_finite(name, tensor, path)
     return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+
+
+def read_fitting(path: Path, expected: Mapping[str, Tensor], *, must_be_finite: bool = True) -> dict[str, Tensor]:
+    """The network in a foreign file, as the target takes it; see `read_network` and `match_network`.
+
+    Raises:
+        LayoutError: If it does not fit the target; names the file.
+    """
+    try:
+        return match_network(read_network(path, must_be_finite=must_be_finite), expected)
+    except LayoutError as error:
+        raise LayoutError(f"{path}: {error.what}", *error.advice) from None
 
 
 def match_network(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -136,6 +151,7 @@ def match_network(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    tensors_of(path.resolve())  # Refuses a header that is absurdly large before anything reads it.
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
@@ -157,6 +173,8 @@ def _read_pth(path: Path, max_bytes: int) -> object:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)  # noqa: TID251
     except MALFORMED as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if reason.startswith("Weights only load failed"):  # PyTorch goes on to say how code can be run after all.
+            reason = "it holds other things than tensors, or is damaged."
         raise ArtifactError(
             f"{path} cannot be read as a file of tensors: {reason}",
             "Expected a state dict, as written by torch.save(model.state_dict(), path).",

@@ -158,32 +158,36 @@ def _chunked_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_
         return padded  # (B, chunks, Q, ...)
 
     # fmt: off
-    # Heads go before positions, so that every product below is a batched matrix product.
-    x    = chunks(x * dt[..., None]).unflatten(3, (num_groups, -1)).permute(0, 1, 3, 4, 2, 5)  # (B, chunks, G, R, Q, P)
+    # Decay scales what enters and what leaves (P values a head) instead of B and C (N): one matrix product then serves
+    # all heads of a group, and B and C are not repeated for each of them.
+    x    = chunks(x * dt[..., None]).unflatten(3, (num_groups, -1)).transpose(2, 3)            # (B, chunks, G, Q, R, P)
     a    = chunks(dt * A).unflatten(3, (num_groups, -1)).permute(0, 1, 3, 4, 2).cumsum(-1)     # (B, chunks, G, R, Q)
-    B, C = (chunks(value).transpose(2, 3).unsqueeze(3) for value in (B, C))                    # (B, chunks, G, 1, Q, N)
+    B, C = (chunks(value).transpose(2, 3) for value in (B, C))                                 # (B, chunks, G, Q, N)
 
     # 1. Inside a chunk: position i reads position j <= i through exp(a_i - a_j).
     future = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
-    decay  = (a[..., :, None] - a[..., None, :]).masked_fill(future, -torch.inf).exp()         # (B, chunks, G, R, Q, Q)
-    y: Tensor = (C @ B.mT * decay) @ x                                                         # (B, chunks, G, R, Q, P)
+    decay  = (a[..., :, None] - a[..., None, :]).masked_fill_(future, -torch.inf).exp_()       # (B, chunks, G, R, Q, Q)
+    read   = (C @ B.mT)[:, :, :, None] * decay                                                 # (B, chunks, G, R, Q, Q)
+    y: Tensor = (read @ x.transpose(3, 4)).transpose(3, 4)                                     # (B, chunks, G, Q, R, P)
 
     if length > Q:
         # 2. What each chunk adds to the state at its end.
-        added = (B * (a[..., -1:] - a).exp()[..., None]).mT @ x                                # (B, chunks, G, R, N, P)
-        kept  = a[..., -1, None, None].exp()                                                   # (B, chunks, G, R, 1, 1)
+        left  = (a[..., -1:] - a).exp().mT[..., None]                                          # (B, chunks, G, Q, R, 1)
+        added = (B.mT @ (x * left).flatten(4)).unflatten(-1, x.shape[4:])                      # (B, chunks, G, N, R, P)
+        kept  = a[..., -1].exp()[..., None, :, None]                                           # (B, chunks, G, 1, R, 1)
 
         # 3. The state before each chunk. A loop of L / Q cheap steps: the listing's matrix over pairs of chunks is
         #    quadratic in L. `unbind`, because the backward of indexing fills a tensor of all chunks for each of them.
         state, before = torch.zeros_like(added[:, 0]), []
         for kept_c, added_c in zip(kept.unbind(1), added.unbind(1), strict=True):
             before.append(state)
-            state = torch.addcmul(added_c, kept_c, state)                                      # (B, G, R, N, P)
+            state = torch.addcmul(added_c, kept_c, state)                                      # (B, G, N, R, P)
 
         # 4. What each position reads from the state before its chunk.
-        y = y + (C * a.exp()[..., None]) @ torch.stack(before, dim=1)                          # (B, chunks, G, R, Q, P)
+        found = (C @ torch.stack(before, dim=1).flatten(4)).unflatten(-1, x.shape[4:])         # (B, chunks, G, Q, R, P)
+        y = torch.addcmul(y, found, a.exp().mT[..., None])
 
-    y = y.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)                                # (B, chunks * Q, H, P)
+    y = y.transpose(2, 3).flatten(3, 4).flatten(1, 2)                                          # (B, chunks * Q, H, P)
     # fmt: on
     return y[:, :length]
 

@@ -9,7 +9,6 @@ does nothing.
 """
 
 import hashlib
-import json
 import logging
 import platform
 import resource
@@ -17,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,23 @@ from rpgcli import __version__, artifact, kernels
 from rpgcli.alignment import aligned, free
 from rpgcli.artifact import Artifact, Draft
 from rpgcli.autoencoder import NoisyAutoencoder, Pca
-from rpgcli.collection import bring_in, collect, subset
+from rpgcli.collection import bring_in, collect, collect_shard, subset
 from rpgcli.conditions import Asked, make_condition
 from rpgcli.errors import ArtifactError, GateError, LayoutError
+from rpgcli.evaluation.initialisation import compare_starts
+from rpgcli.evaluation.page import about_of, pages
+from rpgcli.evaluation.pictures import PICTURES_SCHEMA, Sources, make_pictures
 from rpgcli.evaluation.reconstruction import judge_autoencoder, warn_of_poor
-from rpgcli.evaluation.report import make_report
+from rpgcli.evaluation.report import Measure, make_report, trivial_measures
 from rpgcli.generation import (
-    GenerateConfig,
+    DENOISING,
     Generator,
-    MethodName,
+    Maker,
+    Model,
     Request,
+    Sample,
     Sampling,
+    Source,
     default_request,
     request_folder,
 )
@@ -59,26 +65,35 @@ from rpgcli.methods.pdiff import (
 )
 from rpgcli.methods.rpg import build, make_loss
 from rpgcli.models import (
+    CHOSEN_BY,
     STAGE_OF,
+    STAGES,
     assemble,
+    find_source,
+    open_source,
     read_autoencoder,
     read_model,
     save_target,
     strict_check,
-    trained_model,
 )
 from rpgcli.problem import Problem, ProblemConfig
 from rpgcli.progress import OnStep, Step, silent
-from rpgcli.recipe import Recipe, section
+from rpgcli.ranks import ALONE, Ranks
+from rpgcli.recipe import Recipe, as_today, section
 from rpgcli.samplers import SelectionConfig
+from rpgcli.sharding import Block, Blocks, Shard, Share, merge
 from rpgcli.tokens import TokenStore, write_store
 from rpgcli.training import fit
 from rpgcli.zoo import Network, Zoo
 
 logger = logging.getLogger(__name__)
 
-VARYING = {"groups", "baseline_settings", "training_seconds"}
+VARYING = {"groups", "baseline_settings", "training_seconds", "initialisation"}
 """What of a report holds seconds."""
+BLOCK_NETWORKS = 64
+"""Generated networks of a block at most."""
+BLOCK_PARAMETERS = 2**24
+"""Their parameters at most; of larger networks each is a block."""
 RECIPE = "recipe.json"
 """The resolved recipe of a run."""
 
@@ -99,6 +114,8 @@ class Run:
     force: bool = False
     resume: bool = False
     on_step: OnStep = silent
+    ranks: Ranks = ALONE
+    """The processes that train together."""
 
     def at(self, name: str) -> Path:
         """Folder of a stage that is read."""
@@ -108,18 +125,36 @@ class Run:
     def draft(
         self, name: str, stage: str, made_from: Mapping[str, Any], inputs: Mapping[str, Artifact]
     ) -> Iterator[Draft]:
-        """The draft of a stage's artifact."""
+        """The draft of a stage's artifact; rank 0 holds and writes it, the others know where it lies."""
         ids = {name: found.id for name, found in inputs.items()}
         target = self.out or self.folder / name
+        known = {"the recipe": artifact.digest(dict(made_from))[:12], "torch": torch.__version__}
+        self.ranks.agree(known | {name: identity[:12] for name, identity in ids.items()})
+        if not self.ranks.first:
+            path = Path(self.ranks.gather("")[0])
+            finished = artifact.read(target, stage) if path == target else None
+            yield Draft(target, path, stage, dict(made_from), ids, resumed=False, finished=finished)
+            return
         with artifact.draft(
-            target, stage, section=dict(made_from), inputs=ids, force=self.force, resume=self.resume
+            target, stage, section=dict(made_from), inputs=ids, force=self.force, resume=self.resume, as_today=as_today
         ) as draft:
+            blocks = Blocks.of(draft)
+            if draft.finished is None:
+                blocks.prepare(resume=self.resume, force=self.force)
+            self.ranks.gather(str(draft.path))
             yield draft
+            if draft.finished is None or not blocks.others():
+                blocks.clear()
+
+    def blocks(self, name: str, stage: str, made_from: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> Blocks:
+        """What shards compute of a stage; the arguments are those of its draft."""
+        ids = {name: found.id for name, found in inputs.items()}
+        return Blocks(self.out or self.folder / name, stage, dict(made_from), ids, force=self.force)
 
     def remember(self, recipe: Recipe, *, anew: bool = False) -> None:
         """Store the resolved recipe in the run, so that later stages need none."""
         path = self.folder / RECIPE
-        if anew or not path.exists():
+        if self.ranks.first and (anew or not path.exists()):
             artifact.make_folder(self.folder)
             artifact.write_bytes(path, artifact.canonical(recipe.to_json()) + b"\n")
 
@@ -132,6 +167,7 @@ class Run:
         return {
             "seconds": round(time.perf_counter() - begun, 3), "host": platform.node(), "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
+            "processes": self.ranks.size,
             "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             "versions": {"rpg": __version__, "torch": torch.__version__, "python": platform.python_version()}, **more,
         }  # fmt: skip
@@ -143,12 +179,7 @@ class Run:
 def run_collect(run: Run, recipe: Recipe, *, source: Path | None = None) -> Artifact:
     """Train the zoo, or bring in the networks of `source`."""
     begun = time.perf_counter()
-    made_from = section(recipe, "seed", "dataset", "task", "target", "collect")
-    if source is not None:
-        made_from["from"] = digest_of(source)
-    elif recipe.collect.pretrained not in (None, "timm"):
-        made_from["collect"]["pretrained"] = hash_of(Path(str(recipe.collect.pretrained)))
-    with run.draft("zoo", "collect", made_from, {}) as draft:
+    with run.draft("zoo", "collect", settings_of_zoo(recipe, source), {}) as draft:
         if draft.finished is not None:
             run.remember(recipe, anew=run.out is None)
             return draft.finished
@@ -156,19 +187,45 @@ def run_collect(run: Run, recipe: Recipe, *, source: Path | None = None) -> Arti
         run.remember(recipe, anew=run.out is None and not draft.target.exists())
         if source is None:
             networks = collect(problem, recipe.collect, recipe.seed, draft, download=run.download, on_step=run.on_step)
+            names = subset(problem.skeleton, recipe.collect)
         else:
             networks = bring_in(problem, source, draft, on_step=run.on_step)
+            own = artifact.tensors_of(draft.path / networks[0].file).keys()
+            names = [name for name in problem.reference if name in own] if len(own) < len(problem.reference) else []
         dataset = problem.dataset
         facts = {
             "networks": [network.to_json() for network in networks], "classes": list(dataset.classes),
             "channels": dataset.channels, "size": list(dataset.size), "num_outputs": problem.num_outputs,
             "num_parameters": sum(v.numel() for v in problem.reference.values()),
-            "parameters": subset(problem.skeleton, recipe.collect) if source is None else [],
+            "parameters": names,
             "num_images": {s: len(getattr(dataset, s).labels) for s in ("train", "validation", "test")},
         }  # fmt: skip
-        found = draft.commit(facts, run.volatile(begun, **({} if source is None else {"from": str(source)})))
+        more = {} if source is None else {"from": str(source)}
+        found = draft.commit(facts, run.volatile(begun - draft.spent, **more))
         run.remember(recipe, anew=run.out is None)
         return found
+
+
+def share_collect(run: Run, shard: Shard, recipe: Recipe) -> Share:
+    """Train a shard of the zoo."""
+    blocks = run.blocks("zoo", "collect", settings_of_zoo(recipe), {})
+    with blocks.working() as finished:
+        if finished is not None:
+            return Share(blocks.folder, finished=finished)
+        return collect_shard(
+            run.open(recipe.problem()), recipe.collect, recipe.seed, blocks, shard,
+            download=run.download, on_step=run.on_step,
+        )  # fmt: skip
+
+
+def settings_of_zoo(recipe: Recipe, source: Path | None = None) -> dict[str, Any]:
+    """What determines a zoo; given networks and weights by their content."""
+    made_from = section(recipe, "seed", "dataset", "task", "target", "collect")
+    if source is not None:
+        made_from["from"] = digest_of(source)
+    elif recipe.collect.pretrained not in (None, "timm"):
+        made_from["collect"]["pretrained"] = hash_of(Path(str(recipe.collect.pretrained)))
+    return made_from
 
 
 def digest_of(folder: Path) -> str:
@@ -286,11 +343,12 @@ def run_train_ae(run: Run, recipe: Recipe) -> Artifact:
         known, held = split_checkpoints(store, config)
         model = build_autoencoder(config, vectors.num_parameters).to(run.device)
         if isinstance(model, NoisyAutoencoder):
-            loss = autoencoder_loss(model, config, vectors, known, run.device)
-            model = fit(model, loss, config.training, draft, dtype=run.dtype, on_step=run.on_step)
+            loss = autoencoder_loss(model, config, vectors, known, run.device, run.ranks)
+            model = fit(model, loss, config.training, draft, dtype=run.dtype, on_step=run.on_step, ranks=run.ranks)
         else:
             assert isinstance(model, Pca), "whatever is not trained is computed"
             model.fit(vectors.rows(known).to(run.device))
+        run.ranks.leave_to_first()
         trained = time.perf_counter()
         draft.save_tensors("model.safetensors", model.state_dict())
         problem = run.open(ProblemConfig.of(tokens.facts["problem"]))
@@ -329,8 +387,9 @@ def run_train_diffusion(run: Run, recipe: Recipe, *, allow_bad: bool = False) ->
         autoencoder = read_autoencoder(encoder, run.device)
         latents = encode(autoencoder, Vectors(store), run.device)  # (K, Z)
         model = build_diffusion(config, latents, condition).to(run.device)
-        loss = diffusion_loss(model, config, latents, features, run.device)
-        model = fit(model, loss, config.training, draft, dtype=run.dtype, on_step=run.on_step).eval()
+        loss = diffusion_loss(model, config, latents, features, run.device, run.ranks)
+        model = fit(model, loss, config.training, draft, dtype=run.dtype, on_step=run.on_step, ranks=run.ranks).eval()
+        run.ranks.leave_to_first()
         trained = time.perf_counter()
         trainings = [training_of(checkpoint) for checkpoint in store.checkpoints]
         comparison = compare_latents(model, latents, features, trainings, config.seed)
@@ -373,8 +432,9 @@ def run_train_rpg(run: Run, recipe: Recipe) -> Artifact:
         model = build(config, store, condition).to(run.device)
         backend = kernels.resolve_backend(getattr(config.core, "backend", "torch"), run.device)
         logger.info("the core %s runs on %s with the %s backend", config.core.kind, run.device, backend)
-        loss = make_loss(model, config, store, condition, run.device)
-        model = fit(model, loss, config.training, draft, dtype=run.dtype, on_step=run.on_step)
+        loss = make_loss(model, config, store, condition, run.device, run.ranks)
+        model = fit(model, loss, config.training, draft, dtype=run.dtype, on_step=run.on_step, ranks=run.ranks)
+        run.ranks.leave_to_first()
         trained = time.perf_counter()
         draft.save_tensors("model.safetensors", model.state_dict())
         save_target(draft, store)
@@ -419,43 +479,76 @@ def select(run: Run, generator: Generator, tokens: Artifact, config: SelectionCo
 # --- generate ---------------------------------------------------------------------------------------------------------
 
 
-def sampling_of(trained: Artifact, config: GenerateConfig) -> Sampling:
-    """What was asked for, else what was chosen on validation tasks, else the default."""
-    given = {k: getattr(config, k) for k in ("sampler", "num_steps", "temperature") if getattr(config, k) is not None}
-    selection = trained.facts["selection"]
-    chosen = selection["chosen"]["sampling"] if selection is not None else {}
-    return Sampling.model_validate_json(json.dumps(chosen)).model_copy(update=given)
-
-
-def generated_folder(folder: Path, name: str | None, recipe: Recipe, method: MethodName | None) -> Path:
+def generated_folder(folder: Path, name: str | None, recipe: Recipe, method: str | None) -> Path:
     """The folder of a request by its name (or path); by default what `rpg generate` writes when nothing is asked."""
     if name is not None:
         return Path(name) if "/" in name else folder / "generated" / name
-    chosen, trained = trained_model(folder, method or recipe.generate.method)
-    request = default_request(trained, recipe.generate)
-    return folder / "generated" / request_folder(request, recipe.generate, chosen)
+    source = find_source(folder, method or recipe.generate.method)
+    request = default_request(source, recipe.generate)
+    return folder / "generated" / request_folder(request, recipe.generate, source.method)
 
 
-def run_generate(run: Run, request: Request, config: GenerateConfig, method: MethodName, trained: Artifact) -> Artifact:
-    """Write whole, checked networks for a request."""
+def run_generate(run: Run, recipe: Recipe, source: Source, request: Request) -> Artifact:
+    """Write whole, checked networks for a request, from a trained model or a trivial generator."""
     begun = time.perf_counter()
-    sampling = sampling_of(trained, config)
-    made_from = {
-        "generate": config.model_dump(mode="json") | {"count": request.count, "method": method},
-        "request": request.name, "asked": [vars(one) for one in request.asked],
-    }  # fmt: skip
-    folder = "generated/" + request_folder(request, config, method)
-    with run.draft(folder, "generate", made_from, {STAGE_OF[method][0]: trained}) as draft:
+    folder, made_from = settings_of_networks(recipe, source, request)
+    with run.draft(folder, "generate", made_from, source.inputs) as draft:
         if draft.finished is not None:
             return draft.finished
-        generator = Generator(read_model(method, trained, run.device))
-        check = strict_check(trained)
-        samples = list(request.samples())
+        maker = open_maker(run, recipe, source)
+        written = merge(draft, sampled(maker, source, request), run.on_step)
+        facts = {
+            "networks": [network for block in written for network in block["networks"]], "method": source.method,
+            "seed": recipe.generate.seed, "classes": source.facts["network"]["classes"],
+            "condition": source.condition and source.condition.to_json(), **maker.facts,
+        }  # fmt: skip
+        seconds = [spent for block in written for spent in block["seconds"]]
+        more = {"seconds_per_network": seconds, "training_seconds": maker.training_seconds}
+        return draft.commit(facts, run.volatile(begun - draft.spent, **more))
+
+
+def share_generate(run: Run, shard: Shard, recipe: Recipe, source: Source, request: Request) -> Share:
+    """Write the networks of a shard."""
+    folder, made_from = settings_of_networks(recipe, source, request)
+    blocks = run.blocks(folder, "generate", made_from, source.inputs)
+    with blocks.working() as finished:
+        if finished is not None:
+            return Share(blocks.folder, finished=finished)
+        return blocks.share(shard, sampled(open_maker(run, recipe, source), source, request), run.on_step)
+
+
+def settings_of_networks(recipe: Recipe, source: Source, request: Request) -> tuple[str, dict[str, Any]]:
+    """The folder of a request, and what determines its networks."""
+    config, method = recipe.generate, source.method
+    if "autoencoder" in source.inputs:
+        check_lineage(source.inputs["autoencoder"], "tokens", source.inputs["tokens"])
+    read = config.model_dump(mode="json", exclude=set() if source.is_learned else set(DENOISING))
+    made_from = {
+        "generate": read | {"count": request.count, "method": method},
+        "request": request.name, "asked": [vars(one) for one in request.asked],
+    }  # fmt: skip
+    if method in CHOSEN_BY:
+        made_from["evaluate"] = recipe.evaluate.model_dump(mode="json", include={CHOSEN_BY[method]})
+    return "generated/" + request_folder(request, config, method), made_from
+
+
+def open_maker(run: Run, recipe: Recipe, source: Source) -> Maker:
+    """What makes one network after another."""
+    return open_source(
+        source, recipe.generate, recipe.evaluate, lambda: run.open(ProblemConfig.of(source.facts["problem"])),
+        run.device, run.on_step,
+    )  # fmt: skip
+
+
+def sampled(maker: Maker, source: Source, request: Request) -> list[Block]:
+    """The networks of a request, block by block."""
+    check, samples = strict_check(source), list(request.samples())
+
+    def write(samples: Sequence[Sample], draft: Draft, on_step: OnStep) -> dict[str, Any]:
         networks, seconds = [], []
         for i, sample in enumerate(samples):
             started, asked = time.perf_counter(), sample.asked
-            tokens, chosen = generator.tokens(sample, sampling, seed=config.seed, state=config.state)
-            state = generator.network(tokens)
+            state, chosen = maker.make(sample)
             check(state)
             network = Network(
                 f"{asked.words or 'network'}-{sample.index:04d}.safetensors", asked.split, asked.task_bits,
@@ -464,13 +557,12 @@ def run_generate(run: Run, request: Request, config: GenerateConfig, method: Met
             draft.save_tensors(network.file, state)
             networks.append(network.to_json())
             seconds.append(round(time.perf_counter() - started, 4))
-            run.on_step(Step(i + 1, len(samples), unit="network"))
-        facts = {
-            "networks": networks, "method": method, "seed": config.seed, "classes": trained.facts["network"]["classes"],
-            "sampling": sampling.model_dump(mode="json"), "condition": trained.facts["condition"],
-        }  # fmt: skip
-        training = trained.manifest.volatile.get("training_seconds")
-        return draft.commit(facts, run.volatile(begun, seconds_per_network=seconds, training_seconds=training))
+            on_step(Step(i + 1, len(samples), unit="network"))
+        return {"networks": networks, "seconds": seconds}
+
+    size = max(1, min(BLOCK_NETWORKS, BLOCK_PARAMETERS // source.facts["num_parameters"]))
+    parts = [samples[i : i + size] for i in range(0, len(samples), size)]
+    return [Block(f"{b:05d}", len(part), partial(write, part)) for b, part in enumerate(parts)]
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
@@ -479,28 +571,102 @@ def run_generate(run: Run, request: Request, config: GenerateConfig, method: Met
 def run_evaluate(run: Run, recipe: Recipe, generated_at: Path) -> Artifact:
     """Measure generated, trained and trivially made networks on the same test images."""
     begun = time.perf_counter()
-    zoo = Zoo.read(run.at("zoo"))
-    tokens = artifact.read(run.at("tokens"), "tokenize")
-    generated = Zoo.read(generated_at, "generate")
-    check_lineage(tokens, "zoo", zoo.artifact)
-    inputs = {"zoo": zoo.artifact, "tokens": tokens, "generated": generated.artifact}
-    if generated_at.parent == run.folder / "generated":
-        folder, stage = STAGE_OF[generated.artifact.facts["method"]]
-        check_lineage(generated.artifact, folder, artifact.read(run.at(folder), stage))
-        if folder == "diffusion":
-            inputs["autoencoder"] = artifact.read(run.at("autoencoder"), "train-ae")
-            check_lineage(inputs["autoencoder"], "tokens", tokens)
+    inputs, stages = inputs_of_report(run, generated_at)
+    zoo, generated, tokens = Zoo(inputs["zoo"]), Zoo(inputs["generated"]), inputs["tokens"]
     with run.draft("report", "evaluate", section(recipe, "evaluate"), inputs) as draft:
         if draft.finished is not None:
             return draft.finished
         problem = run.open(ProblemConfig.of(zoo.artifact.section))
         autoencoder = read_autoencoder(inputs["autoencoder"], run.device) if "autoencoder" in inputs else None
+
+        def compute(measures: Mapping[str, Measure]) -> list[dict[str, Any]]:
+            return merge(draft, measuring(measures, generated), run.on_step)
+
         report = make_report(
+            problem, recipe.evaluate, zoo, TokenStore(tokens), generated, run.on_step,
+            autoencoder=autoencoder, compute=compute,
+        )  # fmt: skip
+        for starts in compute(starting(recipe, problem, zoo, tokens, generated)):
+            report["initialisation"] = starts
+        draft.save_json("report.json", report, varies=True)
+        is_in_order = bool(stages) or tokens.facts.get("align", "none") == "none"
+        sources = Sources(
+            TokenStore(tokens), generated, recipe.evaluate.seed,
+            model_of(generated, stages, run.device), autoencoder, stages,
+            () if is_in_order else free(problem.config.target.symmetries(problem.skeleton), zoo.shared),
+        )  # fmt: skip
+        pictures = make_pictures(report, sources, run.on_step)
+        about = about_of(zoo.artifact.section, report, generated_at.name)
+        draft.save_json("pictures.json", {"schema": PICTURES_SCHEMA, "about": about, "pictures": pictures}, varies=True)
+        for name, content in pages(report, pictures, about):
+            draft.save_bytes(name, content, varies=True)
+        facts = {k: v for k, v in report.items() if k not in VARYING}
+        return draft.commit(facts, run.volatile(begun - draft.spent))
+
+
+def share_evaluate(run: Run, shard: Shard, recipe: Recipe, generated_at: Path) -> Share:
+    """Measure a shard of the trivial generators; what is compared with them is measured where all is put together."""
+    inputs, _ = inputs_of_report(run, generated_at)
+    zoo, generated, tokens = Zoo(inputs["zoo"]), Zoo(inputs["generated"]), inputs["tokens"]
+    blocks = run.blocks("report", "evaluate", section(recipe, "evaluate"), inputs)
+    with blocks.working() as finished:
+        if finished is not None:
+            return Share(blocks.folder, finished=finished)
+        problem = run.open(ProblemConfig.of(zoo.artifact.section))
+        autoencoder = read_autoencoder(inputs["autoencoder"], run.device) if "autoencoder" in inputs else None
+        measures = trivial_measures(
             problem, recipe.evaluate, zoo, TokenStore(tokens), generated, run.on_step, autoencoder=autoencoder
         )
-        draft.save_json("report.json", report, varies=True)
-        facts = {k: v for k, v in report.items() if k not in VARYING}
-        return draft.commit(facts, run.volatile(begun))
+        measures |= starting(recipe, problem, zoo, tokens, generated)
+        return blocks.share(shard, measuring(measures, generated), run.on_step)
+
+
+def inputs_of_report(run: Run, generated_at: Path) -> tuple[dict[str, Artifact], dict[str, Artifact]]:
+    """What a report is made from, and the stages of the run that made the networks it judges."""
+    zoo = Zoo.read(run.at("zoo"))
+    tokens = artifact.read(run.at("tokens"), "tokenize")
+    generated = Zoo.read(generated_at, "generate")
+    check_lineage(tokens, "zoo", zoo.artifact)
+    inputs = {"zoo": zoo.artifact, "tokens": tokens, "generated": generated.artifact}
+    stages: dict[str, Artifact] = {}
+    if generated_at.parent == run.folder / "generated":
+        made_from = generated.artifact.manifest.inputs
+        for folder in made_from:
+            stages[folder] = artifact.read(run.at(folder), STAGES[folder])
+            check_lineage(generated.artifact, folder, stages[folder])
+        if "diffusion" in made_from or "autoencoder" in made_from:
+            inputs["autoencoder"] = stages["autoencoder"] = artifact.read(run.at("autoencoder"), "train-ae")
+            check_lineage(inputs["autoencoder"], "tokens", tokens)
+    return inputs, stages
+
+
+def starting(recipe: Recipe, problem: Problem, zoo: Zoo, tokens: Artifact, generated: Zoo) -> dict[str, Measure]:
+    """Training from generated and other starts, if the recipe asks for it."""
+    config = recipe.evaluate.initialisation
+    if config is None:
+        return {}
+
+    def measure(on_step: OnStep) -> dict[str, Any]:
+        store, seed = TokenStore(tokens), recipe.evaluate.seed
+        return compare_starts(problem, config, zoo, store, generated, seed=seed, on_step=on_step)
+
+    return {"initialisation": measure}
+
+
+def measuring(measures: Mapping[str, Measure], generated: Zoo) -> list[Block]:
+    """Each measure as a block, of as many networks as are judged."""
+
+    def write(measure: Measure, draft: Draft, on_step: OnStep) -> dict[str, Any]:
+        return measure(on_step)
+
+    return [Block(name, len(generated.networks), partial(write, measure)) for name, measure in measures.items()]
+
+
+def model_of(generated: Zoo, stages: Mapping[str, Artifact], device: torch.device) -> Model | None:
+    """The model that networks were sampled from, where the run still holds it."""
+    method = generated.artifact.facts["method"]
+    trained = stages.get(STAGE_OF[method][0]) if method in STAGE_OF else None
+    return None if trained is None else read_model(method, trained, device)
 
 
 def check_lineage(found: Artifact, name: str, source: Artifact) -> None:

@@ -1,30 +1,38 @@
 """What a stage would do, without doing it: `--dry-run`.
 
-What the stages before have made is read; the rest is foreseen from the recipe. Networks are built on the `meta` device,
-so that a plan of any size takes no memory. Times are rough: floating-point operations, counted on that device, over the
-rate of a matrix product measured now, and a fixed cost of every step.
+What the stages before have made is read; the rest is foreseen from the recipe, without a data set where its numbers
+are known. Networks are built on the `meta` device, so that a plan of any size takes no memory; there a step is taken,
+and the bytes that it has alive and its floating-point operations are counted. Memory is that of float32 and plain
+torch; autocast and CUDA kernels take less. Times are rough: operations over the rate of a matrix product measured now,
+and a fixed cost of every step.
 
 The names of a plan's entries carry their units: `..._bytes`, `..._seconds`, `..._fraction`; the others are counts.
 """
 
+import math
+import shutil
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from rpgcli import artifact
 from rpgcli.autoencoder import PCA_COLUMNS, NoisyAutoencoder
 from rpgcli.collection import blocks, make_plan, subset
-from rpgcli.diagnosis import memory
+from rpgcli.diagnosis import memory, nearest_folder
 from rpgcli.errors import UsageError
+from rpgcli.generation import Sampling
+from rpgcli.imports import networks_in
 from rpgcli.layout import Layout, make_layout
-from rpgcli.methods import resampling
+from rpgcli.methods import baselines, resampling
 from rpgcli.methods.pdiff import AT_ONCE, LatentDiffusion, LatentDiffusionConfig, build_autoencoder
 from rpgcli.methods.rpg import RPG, RpgConfig
 from rpgcli.problem import Problem, ProblemConfig
@@ -39,9 +47,9 @@ BATCHED_EFFICIENCY = 0.1
 """The same for many small networks at once, whose convolutions are small."""
 STEP_SECONDS = 5e-3
 """What an optimizer step costs however small the network."""
-ROOM = 0.9
-"""Share of the memory that a stage may fill."""
-BASELINES = ("majority", "average", "nearest", "ridge", "ridge-pairs", "mlp")
+ROOM = 0.8
+"""Share of the memory that a plan may fill; small trainings took 0.9 to 1.3 times what was planned."""
+BASELINES = ("majority", *baselines.GENERATORS)
 
 
 @dataclass(frozen=True)
@@ -49,10 +57,9 @@ class Known:
     """The zoo that a stage builds on: as it is, or as the recipe foresees it."""
 
     problem: ProblemConfig
+    target: nn.Module
+    """The target network without memory."""
     num_classes: int
-    channels: int
-    size: tuple[int, int]
-    num_outputs: int
     num_test: int
     networks: Sequence[Network]
     subset: Sequence[str]
@@ -74,8 +81,9 @@ class Known:
 
 
 def plan(
-    stage: str, recipe: Recipe, *, run: Path | None, zoo: Path | None, data_root: Path | None, device: torch.device
-) -> dict[str, Any]:
+    stage: str, recipe: Recipe, *, run: Path | None, zoo: Path | None, data_root: Path | None, device: torch.device,
+    place: Path,
+) -> dict[str, Any]:  # fmt: skip
     """Counts, parameters, bytes and rough seconds of a stage.
 
     Args:
@@ -85,6 +93,7 @@ def plan(
         zoo: Where the zoo lies; while it is not there it is foreseen from the recipe.
         data_root: Folder of the data set's files, needed without a zoo.
         device: What the stage would run on.
+        place: Where artifacts would be written.
 
     Raises:
         DataError: If neither the zoo nor the data set is there.
@@ -102,7 +111,8 @@ def plan(
         return entries | plan_train_ae(recipe, layout, known, device)
     if stage == "train-diffusion":
         return entries | plan_train_diffusion(recipe, latent_dim_of(recipe, run), known, device)
-    return entries | plan_train_rpg(recipe, layout, known, device)
+    missing = num_bytes_missing(recipe, layout, known, run=run, zoo=zoo)
+    return entries | plan_train_rpg(recipe, layout, known, device, missing, place)
 
 
 def known_of(recipe: Recipe, zoo: Path | None, data_root: Path | None) -> Known:
@@ -110,18 +120,18 @@ def known_of(recipe: Recipe, zoo: Path | None, data_root: Path | None) -> Known:
     if zoo is not None and (zoo / artifact.MANIFEST).is_file():
         found = Zoo.read(zoo)
         facts, config = found.artifact.facts, ProblemConfig.of(found.artifact.section)
-        return Known(
-            config, len(facts["classes"]), facts["channels"], tuple(facts["size"]), facts["num_outputs"],
-            facts["num_images"]["test"], found.networks, facts.get("parameters", ()),
-        )  # fmt: skip
+        model = target(config, facts["channels"], tuple(facts["size"]), facts["num_outputs"])
+        num_test, names = facts["num_images"]["test"], facts.get("parameters", ())
+        return Known(config, model, len(facts["classes"]), num_test, found.networks, names)
     config = recipe.problem()
-    problem = Problem(config, data_root, False, torch.device("cpu"))
+    problem = Problem(config, data_root, False, torch.device("cpu"), outline=True)
     data = problem.dataset
     model = target(config, data.channels, data.size, problem.num_outputs)
-    return Known(
-        config, data.num_classes, data.channels, data.size, problem.num_outputs, len(data.test.labels),
-        foreseen(problem, recipe), subset(model, recipe.collect),
-    )  # fmt: skip
+    if zoo is not None and zoo.is_dir():  # Of others.
+        networks, names = [Network("", "seen", run=i) for i in range(len(networks_in(zoo)))], []
+    else:
+        networks, names = foreseen(problem, recipe), subset(model, recipe.collect)
+    return Known(config, model, data.num_classes, len(data.test.labels), networks, names)
 
 
 def foreseen(problem: Problem, recipe: Recipe) -> list[Network]:
@@ -146,7 +156,7 @@ def target(problem: ProblemConfig, channels: int, size: tuple[int, int], num_out
 
 def plan_collect(recipe: Recipe, data_root: Path | None, device: torch.device) -> dict[str, Any]:
     """Trainings, networks, steps, bytes, seconds."""
-    problem = Problem(recipe.problem(), data_root, False, torch.device("cpu"))
+    problem = Problem(recipe.problem(), data_root, False, torch.device("cpu"), outline=True)
     config, data = recipe.collect, problem.dataset
     trainings = make_plan(problem, config, recipe.seed)
     groups, num_networks = blocks(problem, config, trainings), len(foreseen(problem, recipe))
@@ -169,18 +179,24 @@ def plan_collect(recipe: Recipe, data_root: Path | None, device: torch.device) -
         passes += shared.epochs
 
     image = torch.empty(2, data.channels, *problem.input_size, device=META)  # Two: batch norm refuses a single one.
-    flops = count_flops(lambda: model(image).sum().backward()) / 2
+    flops = measure_step(lambda: model(image).sum()).flops / 2
     efficiency = BATCHED_EFFICIENCY if recipe.target.batched else EFFICIENCY
     seconds = flops * num_images * passes / (efficiency * flops_per_second(device))
     seconds += STEP_SECONDS * (start_steps + len(groups) * num_steps)
-    varying = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name in names)
-    size = num_networks * varying + num_bytes(model) if names else num_networks * num_bytes(model)
     return {
         "trainings": len(trainings), "networks": num_networks, "blocks": len(groups),
         "parameters": count(model), "of the subset": sum(model.get_parameter(name).numel() for name in names),
         "training images": num_images, "steps of the shared start": start_steps, "steps of each block": num_steps,
-        "zoo_bytes": size, "estimated_seconds": seconds,
+        "zoo_bytes": zoo_bytes(model, names, num_networks),
+        "images_in_memory_bytes": sum(part.pixels.numel() for part in (data.train, data.validation, data.test)),
+        "estimated_seconds": seconds,
     }  # fmt: skip
+
+
+def zoo_bytes(model: nn.Module, names: Sequence[str], num_networks: int) -> int:
+    """Of whole networks; of those that differ in some parameters only, what they share counts once."""
+    varying = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name in names)
+    return num_networks * varying + num_bytes(model) if names else num_networks * num_bytes(model)
 
 
 # --- tokenize ---------------------------------------------------------------------------------------------------------
@@ -201,7 +217,7 @@ def layout_of(recipe: Recipe, known: Known, run: Path | None) -> Layout:
     """The layout of the run's tokens; where there are none, that which the zoo's checkpoints would get."""
     if run is not None and (run / "tokens" / artifact.MANIFEST).is_file():
         return Layout.from_json(artifact.read(run / "tokens", "tokenize").json("layout.json"))
-    state = target(known.problem, known.channels, known.size, known.num_outputs).state_dict()
+    state = known.target.state_dict()
     return make_layout(
         state,
         token_dim=recipe.tokens.token_dim,
@@ -214,31 +230,94 @@ def layout_of(recipe: Recipe, known: Known, run: Path | None) -> Layout:
 # --- train-rpg --------------------------------------------------------------------------------------------------------
 
 
-def plan_train_rpg(recipe: Recipe, layout: Layout, known: Known, device: torch.device) -> dict[str, Any]:
-    """Parameters by part, tokens a step, bytes, seconds."""
+def plan_train_rpg(
+    recipe: Recipe, layout: Layout, known: Known, device: torch.device, missing: dict[str, int], place: Path
+) -> dict[str, Any]:
+    """Parameters by part, tokens a step, bytes, seconds; also what a network then costs.
+
+    Args:
+        recipe: Resolved.
+        layout: Of the tokens.
+        known: The zoo.
+        device: What it would run on.
+        missing: Bytes of the artifacts that come first and are not there yet.
+        place: Where artifacts would be written.
+    """
+    model, num_seen = rpg_of(recipe, layout, known), len(known.seen)
+    config, training = recipe.rpg, recipe.rpg.training
+    all_rows = training.batch_size * layout.num_tokens
+    num_rows = min(config.tokens_per_step or all_rows, all_rows)
+    num_parts = math.ceil(training.batch_size / (config.micro_batch or training.batch_size))
+    step = measure_denoising(model, training.batch_size, num_rows, layout.token_dim, num_parts)
+    position = model.position.numel() if isinstance(model.position, nn.Parameter) else 0
+    return {
+        "parameters": layout.num_parameters, "tokens": layout.num_tokens, "token_dim": layout.token_dim,
+        "checkpoints": num_seen,
+        "model parameters": count(model), "of the core": count(model.core), "of the denoiser": count(model.denoiser),
+        "of the condition": count(model.condition), "of the states": count(model.state), "of positions": position,
+        "networks a step": training.batch_size, "networks at once": math.ceil(training.batch_size / num_parts),
+        "tokens denoised a step": num_rows,
+        **cost(model, training, step, device),
+        **plan_generating(recipe, model, layout, device),
+        **disk(missing | {"training_bytes": bytes_written(model, layout, training)}, place),
+    }  # fmt: skip
+
+
+def rpg_of(recipe: Recipe, layout: Layout, known: Known) -> RPG:
+    """The model without memory, its blocks in plain torch."""
     config, num_seen = recipe.rpg, len(known.seen)
     num_runs = len({network.run for network in known.seen})
     num_states = {"run": num_runs, "checkpoint": num_seen, "none": 1}[config.state]
     with META:
         core = config.core
         plain = core.model_copy(update={"backend": "torch"}) if core.kind == "mamba2" else core
-        model = RPG(
+        return RPG(
             config.model_copy(update={"core": plain}), *layout.indices(),
             token_dim=layout.token_dim, num_features=num_features(config, known, "rpg"), num_states=num_states,
         )  # fmt: skip
-    training = config.training
-    num_rows = min(
-        config.tokens_per_step or training.batch_size * layout.num_tokens, training.batch_size * layout.num_tokens
-    )
-    flops, kept = measure_denoising(model, training.batch_size, num_rows, layout.token_dim)
-    position = model.position.numel() if isinstance(model.position, nn.Parameter) else 0
+
+
+def plan_generating(recipe: Recipe, model: RPG, layout: Layout, device: torch.device) -> dict[str, Any]:
+    """Bytes and seconds of one network from a trained model: its prototypes, then all its tokens together."""
+    num_steps = recipe.generate.num_steps or Sampling().num_steps
+    features, state = inputs(model, 1)
+    x_t = torch.empty(layout.num_tokens, layout.token_dim, device=META)  # (L, D)
+    t = torch.zeros(layout.num_tokens, dtype=torch.int64, device=META)  # (L,)
+    with torch.no_grad(), Meter() as meter:
+        e = model.denoiser.embed(model.prototypes(features, state)[0])  # (L, M) -> what the denoiser makes of it
+        once = meter.flops
+        x_0, eps = model.diffusion.predict(model.denoiser(x_t, t, e), x_t, t)  # (L, D)
+        del x_0, eps
+    peak = num_bytes(model) + 4 * x_t.numel() + meter.peak
+    seconds = (once + num_steps * (meter.flops - once)) / (EFFICIENCY * flops_per_second(device))
     return {
-        "model parameters": count(model), "of the core": count(model.core), "of the denoiser": count(model.denoiser),
-        "of the condition": count(model.condition), "of the states": count(model.state), "of positions": position,
-        "checkpoints": num_seen, "tokens": layout.num_tokens, "token_dim": layout.token_dim,
-        "networks a step": training.batch_size, "tokens denoised a step": num_rows,
-        **cost(model, training, flops, kept + 4 * 4 * num_rows * layout.token_dim, device),  # x_0, eps, x_t, output.
+        "sampling steps": num_steps, "peak_memory_of_generating_bytes": peak,
+        "generating fits": fits(peak, device), "estimated_generating_seconds": seconds,
     }  # fmt: skip
+
+
+def num_bytes_missing(
+    recipe: Recipe, layout: Layout, known: Known, *, run: Path | None, zoo: Path | None
+) -> dict[str, int]:
+    """Bytes of the zoo and the tokens, where they are not there yet."""
+    missing = {}
+    if zoo is None or not zoo.is_dir():
+        missing["zoo_bytes"] = zoo_bytes(known.target, known.subset, len(known.networks))
+    if run is None or not (run / "tokens" / artifact.MANIFEST).is_file():
+        missing["tokens_bytes"] = 4 * layout.num_tokens * layout.token_dim * len(known.seen)
+    return missing
+
+
+def bytes_written(model: nn.Module, layout: Layout, config: TrainingConfig) -> int:
+    """Of train-rpg: the last two checkpoints, one of which replaces the other, or the model; statistics of 9 bytes."""
+    checkpoint = num_bytes(model) + num_bytes_beside(model, config)
+    return 2 * checkpoint + 9 * layout.num_tokens * layout.token_dim
+
+
+def disk(parts: dict[str, int], place: Path) -> dict[str, Any]:
+    """What would be written, and whether there is room for it."""
+    total, free = sum(parts.values()), shutil.disk_usage(nearest_folder(place)).free
+    return parts | {"disk_bytes": total, "free_disk_bytes": free, "fits on disk": total < free}
 
 
 def num_features(config: RpgConfig | LatentDiffusionConfig, known: Known, name: str) -> int:
@@ -281,13 +360,20 @@ def plan_train_ae(recipe: Recipe, layout: Layout, known: Known, device: torch.de
         )
     batch_size = min(config.training.batch_size, num_seen)
     at_once = min(config.micro_batch or batch_size, batch_size)
-    x = torch.empty(at_once, num_values, device=META)  # (b, P)
-    flops, kept = measure_step(model, lambda: (model.decode(model.encode(x)) - x).square().mean())
+
+    def loss() -> Tensor:
+        x = torch.empty(at_once, num_values, device=META)  # (b, P)
+        noisy = x + torch.empty_like(x)
+        error: Tensor = (model.decode(model.encode(noisy)) - x).square().mean()
+        return error
+
+    part = measure_step(loss, again=at_once < batch_size)
     in_memory = num_seen * num_values if num_seen * num_values <= AT_ONCE else 0
+    step = Measured(part.flops * batch_size // at_once, part.peak_bytes + 4 * in_memory)
     return {
         **facts, "model parameters": count(model), "of the encoder": count(model.encoder),
         "of the decoder": count(model.decoder), "networks a step": batch_size, "networks at once": at_once,
-        **cost(model, config.training, flops * batch_size / at_once, kept + 4 * (in_memory + 4 * x.numel()), device),
+        **cost(model, config.training, step, device),
     }  # fmt: skip
 
 
@@ -297,12 +383,13 @@ def plan_train_diffusion(recipe: Recipe, latent_dim: int, known: Known, device: 
     with META:
         model = LatentDiffusion(config, latent_dim=latent_dim, num_features=num_features(config, known, "diffusion"))
     batch_size = config.training.batch_size
-    flops, kept = measure_denoising(model, batch_size, batch_size, latent_dim)
+    num_parts = math.ceil(batch_size / (config.micro_batch or batch_size))
+    step = measure_denoising(model, batch_size, batch_size, latent_dim, num_parts)
     return {
         "model parameters": count(model), "of the denoiser": count(model.denoiser),
         "of the condition": count(model.condition), "checkpoints": len(known.seen), "latent_dim": latent_dim,
         "latents a step": batch_size,
-        **cost(model, config.training, flops, kept + 4 * 4 * batch_size * latent_dim, device),
+        **cost(model, config.training, step, device),
     }  # fmt: skip
 
 
@@ -316,30 +403,45 @@ def latent_dim_of(recipe: Recipe, run: Path | None) -> int:
 # --- what training costs ----------------------------------------------------------------------------------------------
 
 
-def cost(model: nn.Module, config: TrainingConfig, flops: float, kept: int, device: torch.device) -> dict[str, Any]:
-    """Steps, bytes and seconds of training.
+class Measured(NamedTuple):
+    """What a training step takes."""
 
-    Args:
-        model: On the meta device.
-        config: Steps, average.
-        flops: Floating-point operations of a step.
-        kept: Bytes of a step's data and of what autograd keeps of it.
-        device: What it would run on.
-    """
-    weights = num_bytes(model)
-    copies = 4 + bool(config.ema_decay)  # Weights, gradients, AdamW's two moments, the average.
-    seconds = config.num_steps * (flops / (EFFICIENCY * flops_per_second(device)) + STEP_SECONDS)
-    sizes = {"model_bytes": weights, "optimizer_bytes": (copies - 2) * weights}
-    return {"steps": config.num_steps} | sizes | room(copies * weights + kept, device) | {"estimated_seconds": seconds}
+    flops: int
+    """Floating-point operations."""
+    peak_bytes: int
+    """The most that it has alive, the gradients included and the weights not."""
+
+
+def cost(model: nn.Module, config: TrainingConfig, step: Measured, device: torch.device) -> dict[str, Any]:
+    """Steps, bytes and seconds of training a model on the meta device."""
+    weights, beside = num_bytes(model), num_bytes_beside(model, config)
+    seconds = config.num_steps * (step.flops / (EFFICIENCY * flops_per_second(device)) + STEP_SECONDS)
+    sizes = {"model_bytes": weights, "optimizer_bytes": beside}
+    peak = weights + beside + step.peak_bytes
+    return {"steps": config.num_steps} | sizes | room(peak, device) | {"estimated_seconds": seconds}
 
 
 def room(peak: int, device: torch.device) -> dict[str, Any]:
     """Whether `peak` bytes fit."""
-    there = memory(device)
-    return {"peak_memory_bytes": peak, "device_memory_bytes": there, "fits": peak < ROOM * there}
+    return {"peak_memory_bytes": peak, "device_memory_bytes": memory(device), "fits": fits(peak, device)}
 
 
-def measure_denoising(model: RPG | LatentDiffusion, batch_size: int, num_rows: int, token_dim: int) -> tuple[int, int]:
+def fits(peak: int, device: torch.device) -> bool:
+    """Whether so many bytes leave some of the device's memory free."""
+    return peak < ROOM * memory(device)
+
+
+def inputs(model: RPG | LatentDiffusion, batch_size: int) -> tuple[Tensor | None, Tensor]:
+    """Features (B, C) and states (B,) without memory."""
+    features = None
+    if model.condition is not None:
+        features = torch.empty(batch_size, model.condition.num_features, device=META)
+    return features, torch.zeros(batch_size, dtype=torch.int64, device=META)
+
+
+def measure_denoising(
+    model: RPG | LatentDiffusion, batch_size: int, num_rows: int, token_dim: int, num_parts: int = 1
+) -> Measured:
     """`measure_step` of a diffusion.
 
     Args:
@@ -347,39 +449,34 @@ def measure_denoising(model: RPG | LatentDiffusion, batch_size: int, num_rows: i
         batch_size: Networks B.
         num_rows: Tokens or latents K that are denoised.
         token_dim: Their width D.
+        num_parts: Parts that they are cut into, one of which takes memory at a time.
     """
-    features = None
-    if model.condition is not None:
-        features = torch.empty(batch_size, model.condition.num_features, device=META)
-    state = torch.zeros(batch_size, dtype=torch.int64, device=META)
-    x_t, t = torch.empty(num_rows, token_dim, device=META), torch.zeros(num_rows, dtype=torch.int64, device=META)
+    features, state = inputs(model, math.ceil(batch_size / num_parts))
+    here = math.ceil(num_rows / num_parts)  # k
+    t = torch.zeros(here, dtype=torch.int64, device=META)  # (k,); as good for numbers of tokens
 
     def loss() -> Tensor:
-        c = model.prototypes(features, state).flatten(0, 1)[:num_rows]  # (B, L, M) -> (K, M)
-        error: Tensor = model.denoiser(x_t, t, model.denoiser.embed(c)).square().mean()
-        return error
+        eps = torch.empty(num_rows, token_dim, device=META)[:here]  # (k, D); that of all parts is drawn together
+        x_0 = torch.empty(here, token_dim, device=META)  # (k, D)
+        mask = torch.empty(here, token_dim, dtype=torch.bool, device=META)  # (k, D)
+        c = model.prototypes(features, state).flatten(0, 1)[t]  # (b, L, M) -> (k, M)
+        return model.diffusion.loss_at(model.denoiser, x_0, c, mask, t, eps)
 
-    return measure_step(model, loss)
+    part = measure_step(loss, again=num_parts > 1)
+    return Measured(part.flops * num_parts, part.peak_bytes)
 
 
-def measure_step(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[int, int]:
-    """Floating-point operations of a training step, and bytes that autograd keeps for its backward pass."""
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, Tensor] = {}
+def measure_step(loss: Callable[[], Tensor], *, again: bool = False) -> Measured:
+    """Take a training step without memory.
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in own:
-            kept[storage] = tensor  # Held, so that no later tensor gets the same storage.
-        return tensor
-
-    def step() -> None:
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            value = loss()
-        value.backward()
-
-    flops = count_flops(step)
-    return flops, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    Args:
+        loss: Of a model on the meta device; makes its own data, which is counted.
+        again: Whether the step goes on with other data while it keeps the gradients; then that is what is measured.
+    """
+    for _ in range(1 + again):
+        with Meter() as meter:
+            loss().backward()
+    return Measured(meter.flops, meter.peak)
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
@@ -388,6 +485,8 @@ def measure_step(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[int, int
 def plan_evaluate(recipe: Recipe, known: Known) -> dict[str, Any]:
     """Groups and how many networks each has."""
     config, images = recipe.generate, {"test images": known.num_test}
+    if (starts := recipe.evaluate.initialisation) is not None:
+        images["trainings from each start"] = starts.num_seeds * (starts.num_tasks if known.has_bits else 1)
     count = config.num_networks(has_tasks=known.has_bits)
     if not known.has_bits:
         trivial = dict.fromkeys(resampling.GENERATORS, count) | {"average": 1}
@@ -417,11 +516,61 @@ def num_bytes(module: nn.Module) -> int:
     return sum(value.numel() * value.element_size() for value in module.state_dict().values())
 
 
-def count_flops(function: Callable[[], object]) -> int:
-    """Floating-point operations of matrix products and convolutions in a call."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return int(counter.get_total_flops())
+def num_bytes_beside(model: nn.Module, config: TrainingConfig) -> int:
+    """What training keeps beside the weights: AdamW's two moments of each parameter, and the averaged model."""
+    return 2 * 4 * count(model) + bool(config.ema_decay) * num_bytes(model)
+
+
+class Meter(TorchDispatchMode):
+    """Counts what a computation on the meta device does and has alive; what was there before does not count.
+
+    Meta tensors are made and let go of as others would be, so that the peak is that of the computation itself, without
+    the work space inside an operation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.peak = 0, 0
+        self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self.counter = FlopCounterMode(display=False)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of matrix products and convolutions so far."""
+        return int(self.counter.get_total_flops())
+
+    def __enter__(self) -> "Meter":
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self.counter.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self.counter.__exit__(*raised)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, arguments: Any = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        """Do the operation; count the storages that it makes."""
+        for storage in storages((arguments, keywords)):
+            self.known.add(storage)
+        made = operation(*arguments, **(keywords or {}))
+        for storage in storages(made):
+            if storage not in self.known:
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.let_go, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def let_go(self, num_bytes: int) -> None:
+        """A storage is gone."""
+        self.now -= num_bytes
+
+
+def storages(values: object) -> list[torch.UntypedStorage]:
+    """Of all tensors in `values`."""
+    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def flops_per_second(device: torch.device, size: int = 768, at_least: float = 0.1) -> float:

@@ -5,7 +5,7 @@ Shapes: N networks, B images, C channels, H x W pixels, O outputs.
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -58,9 +58,18 @@ class ProblemConfig(Config):
 class Problem:
     """A `ProblemConfig` with its images at hand."""
 
-    def __init__(self, config: ProblemConfig, data_root: Path | None, download: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ProblemConfig,
+        data_root: Path | None,
+        download: bool,
+        device: torch.device,
+        *,
+        outline: bool = False,
+    ) -> None:
+        """With `outline`, the numbers and shapes of its images alone, for a plan."""
         self.config, self.device = config, device
-        self.dataset = config.dataset.load(data_root, download)
+        self.dataset = config.dataset.outline(data_root) if outline else config.dataset.load(data_root, download)
         self.num_outputs = config.task.num_outputs(self.dataset.num_classes)
         self.input_size = config.target.input_size(self.dataset.size)
 
@@ -110,8 +119,8 @@ class Problem:
         return self.config.task.labels(y, bits_tensor([b for b in bits if b is not None])).to(self.device)
 
     @torch.no_grad()
-    def predictions(self, states: Sequence[State], split: Split) -> Tensor:
-        """Class that each network gives each image, (N, number of images) int64.
+    def logits_of(self, states: Sequence[State], split: Split) -> Iterator[Tensor]:
+        """Logits that networks give all images of a split, for a few networks after the other: (N, images, O).
 
         Raises:
             LayoutError: If a state dict does not fit the target.
@@ -120,14 +129,21 @@ class Problem:
         num_images = len(getattr(self.dataset, split).labels)
         values = self.dataset.channels * self.input_size[0] * self.input_size[1] * 8  # 8: a first layer's channels
         if not self.config.target.batched:
-            return torch.stack([self._predict_one(state, split, max(1, VALUES_AT_ONCE // values)) for state in states])
-        rows = []
-        at_once = min(64, len(states))
+            model = self.build("reference").eval()
+            for state in states:
+                model.load_state_dict(dict(state), strict=True)
+                index = torch.arange(num_images).split(max(1, VALUES_AT_ONCE // values))
+                yield torch.cat([model(self.images(split, i)) for i in index])[None]
+            return
+        at_once = max(1, min(64, len(states), VALUES_AT_ONCE // (num_images * self.num_outputs)))
         for chunk in (states[i : i + at_once] for i in range(0, len(states), at_once)):
             stacked = {name: torch.stack([state[name] for state in chunk]).to(self.device) for name in chunk[0]}
             index = torch.arange(num_images).split(max(1, VALUES_AT_ONCE // (values * len(chunk))))
-            rows.append(torch.cat([self.outputs(stacked, self.images(split, i)).argmax(-1) for i in index], -1))
-        return torch.cat(rows)
+            yield torch.cat([self.outputs(stacked, self.images(split, i)) for i in index], 1)
+
+    def predictions(self, states: Sequence[State], split: Split) -> Tensor:
+        """Class that each network gives each image, (N, number of images) int64; see `logits_of`."""
+        return torch.cat([logits.argmax(-1) for logits in self.logits_of(states, split)])
 
     def outputs(self, stacked: State, x: Tensor) -> Tensor:
         """Logits of N stacked networks, (N, B, O), for common images (B, ...) or each network's own (N, B, ...)."""
@@ -140,10 +156,3 @@ class Problem:
         if not states:
             return torch.zeros(0, dtype=torch.float64)
         return (self.predictions(states, split) == self.labels(split, bits)).double().mean(1).cpu()
-
-    def _predict_one(self, state: State, split: Split, at_once: int) -> Tensor:
-        model = self.build("reference")
-        model.load_state_dict(dict(state), strict=True)
-        index = torch.arange(len(getattr(self.dataset, split).labels)).split(at_once)
-        model.eval()
-        return torch.cat([model(self.images(split, i)).argmax(-1) for i in index])

@@ -12,7 +12,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from rpgcli import strict_yaml
 from rpgcli.artifact import read_json
@@ -29,6 +29,8 @@ from rpgcli.tokens import TokensConfig
 
 DEFAULT = "digits-demo"
 """The recipe of commands that name none."""
+MAX_STORED_BYTES = 2**18
+"""A resolved recipe has a few KiB."""
 DEFAULT_TIMM = "digits-resnet18"
 """The recipe that `--arch` starts from when it names a network of timm and there is no recipe."""
 
@@ -65,9 +67,18 @@ class Recipe(ProblemConfig):
 
 
 def embedded() -> dict[str, Traversable]:
-    """The recipes of the package by name."""
-    files = resources.files("rpgcli.recipes").iterdir()
-    return {file.name.removesuffix(".yaml"): file for file in sorted(files, key=str) if file.name.endswith(".yaml")}
+    """The recipes of the package by name; those of a sub-folder come last, as `paper/imagenet-resnet18`."""
+    return recipes_in(resources.files("rpgcli.recipes"))
+
+
+def recipes_in(folder: Traversable) -> dict[str, Traversable]:
+    """The recipes in a folder and its sub-folders by name, in order."""
+    entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
+    found = {entry.name.removesuffix(".yaml"): entry for entry in entries if entry.name.endswith(".yaml")}
+    for entry in entries:
+        if entry.is_dir():
+            found |= {f"{entry.name}/{name}": file for name, file in recipes_in(entry).items()}
+    return found
 
 
 def load(
@@ -92,10 +103,11 @@ def load(
     if source is None:
         source = DEFAULT_TIMM if target is not None and target.kind == "timm" else DEFAULT
     known = embedded()
-    if Path(source).exists() or "/" in source or source.endswith((".yaml", ".yml")):
-        document = strict_yaml.read(Path(source))
-    elif source in known:
+    is_file = Path(source).exists() or source.endswith((".yaml", ".yml"))
+    if source in known and not is_file:
         document = strict_yaml.parse(known[source].read_bytes(), source)
+    elif is_file or ("/" in source and source.partition("/")[0] not in {name.partition("/")[0] for name in known}):
+        document = strict_yaml.read(Path(source))
     else:
         raise UsageError(f"no recipe {source!r}{nearest(source, known)}", "Give a file, or one of these names.")
     chosen = {"target": target, "dataset": dataset}
@@ -110,7 +122,7 @@ def read_stored(path: Path, assignments: Sequence[str] = ()) -> Recipe:
     Raises:
         ArtifactError: If the file is damaged.
     """
-    value = read_json(path)
+    value = read_json(path, MAX_STORED_BYTES)
     if not isinstance(value, dict):
         raise ArtifactError(f"{path} is not the recipe of a run.", "Name one: `rpg collect RECIPE` writes it anew.")
     document = strict_yaml.Document(value, str(path), {})
@@ -121,3 +133,12 @@ def section(recipe: Recipe, *names: str) -> dict[str, Any]:
     """Some top-level fields of the resolved recipe: what a stage's key is made of."""
     whole = json.loads(recipe.model_dump_json())
     return {name: whole[name] for name in names}
+
+
+def as_today(made_from: dict[str, Any]) -> dict[str, Any]:
+    """What an artifact was made from, as this version writes it: a setting that did not exist then has its default."""
+    known = {name: made_from[name] for name in made_from if name in Recipe.model_fields}
+    try:
+        return made_from | section(Recipe.model_validate_json(json.dumps(known)), *known)
+    except ValidationError:
+        return made_from  # Of a version that knew other settings.

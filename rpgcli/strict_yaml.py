@@ -410,12 +410,12 @@ def validate(document: Document, model: type[Model]) -> Model:
     try:
         return model.model_validate_json(json.dumps(document.value), strict=True)
     except ValidationError as error:
-        problems = _problems(document, model, error.errors(include_url=False))
-    lines = [f"{place}: {words}" if place else words for place, words in problems[:MAX_PROBLEMS]]
-    if len(problems) > MAX_PROBLEMS:
-        lines.append(f"and {len(problems) - MAX_PROBLEMS} more")
-    plural = "" if len(problems) == 1 else "s"
-    raise RecipeError(f"{document.source} has {len(problems)} problem{plural}:", *lines)
+        problems, num_problems = _problems(document, model, error.errors(include_url=False))
+    lines = [f"{place}: {words}" if place else words for place, words in problems]
+    if num_problems > len(lines):
+        lines.append(f"and {num_problems - len(lines)} more")
+    plural = "" if num_problems == 1 else "s"
+    raise RecipeError(f"{document.source} has {num_problems} problem{plural}:", *lines)
 
 
 def fill_defaults(document: Document, model: type[BaseModel]) -> Document:
@@ -513,8 +513,10 @@ def _follow(annotation: Any, value: Any, location: Sequence[str | int]) -> _Foun
     return _Found(keys, owner, annotation)
 
 
-def _problems(document: Document, model: type[BaseModel], errors: Iterable[ErrorDetails]) -> list[tuple[str, str]]:
-    """Location and words of each problem, in the order of the document."""
+def _problems(
+    document: Document, model: type[BaseModel], errors: Iterable[ErrorDetails]
+) -> tuple[list[tuple[str, str]], int]:
+    """Location and words of the first MAX_PROBLEMS problems, in the order of the document, and the number of all."""
     found: dict[Keys, list[tuple[_Found, ErrorDetails]]] = {}
     for error in errors:
         at = _follow(model, document.value, error["loc"])
@@ -524,10 +526,10 @@ def _problems(document: Document, model: type[BaseModel], errors: Iterable[Error
     written = {keys: order for order, keys in enumerate(document.marks)}
     order = sorted(found, key=lambda keys: max(written.get(keys[:length], -1) for length in range(len(keys) + 1)))
     problems = []
-    for keys in order:
+    for keys in order[:MAX_PROBLEMS]:
         words = "; ".join(_words(keys, found[keys]))
         problems.append((document.location(keys), f"{dotted(keys)}: {words}" if keys else words))
-    return problems
+    return problems, len(order)
 
 
 EXPECTED = {

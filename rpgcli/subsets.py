@@ -163,10 +163,15 @@ def _quicken(module: nn.Module) -> None:
     if conv.kernel_size != tuple(2 * p + 1 for p in centre):
         return
 
+    def middle() -> Tensor:
+        return conv.weight[:, :, centre[0], centre[1]]
+
+    frozen = None if conv.weight.requires_grad else middle().contiguous()  # Otherwise copied at each step.
+
     def forward(x: Tensor) -> Tensor:
         if tuple(x.shape[-2:]) != (1, 1):
             return compute(x)
-        return F.linear(x.flatten(1), conv.weight[:, :, centre[0], centre[1]], conv.bias)[:, :, None, None]
+        return F.linear(x.flatten(1), middle() if frozen is None else frozen, conv.bias)[:, :, None, None]
 
     conv.forward = forward  # type: ignore[method-assign, assignment]
 
@@ -191,11 +196,11 @@ class Tail:
     def __init__(self, problem: Problem, base: State, names: Sequence[str]) -> None:
         self.problem = problem
         self.model = problem.build("reference")
-        for module in self.model.modules():
-            _quicken(module)
         self.model.load_state_dict(dict(base), strict=True)
         self.model.eval().requires_grad_(False)
         self.values = {name: self.model.get_parameter(name).requires_grad_() for name in names}
+        for module in self.model.modules():
+            _quicken(module)
         self._base = self.snapshot()[0]
         self._kept: list[Kept] = []
         self._rows: dict[Split, list[Tensor]] = {}  # Activations of each split, (n, ...), one for each needed module.
@@ -238,14 +243,18 @@ class Tail:
             value.copy_(state[name])
 
     @torch.no_grad()
+    def logits_of(self, states: Sequence[State], split: Split) -> Iterator[Tensor]:
+        """Logits of all images of a split with one subset after the other, (1, n, O); see `Problem.logits_of`."""
+        for state in states:
+            before = self.snapshot()[0]
+            self.load(state)
+            logits = torch.cat([self.logits(split, i) for i in self._chunks(split)])
+            self.load(before)
+            yield logits[None]
+
     def predictions(self, states: Sequence[State], split: Split) -> Tensor:
         """Class that the network gives each image with each of N subsets, (N, n) int64."""
-        before, rows = self.snapshot()[0], []
-        for state in states:
-            self.load(state)
-            rows.append(torch.cat([self.logits(split, i).argmax(-1) for i in self._chunks(split)]))
-        self.load(before)
-        return torch.stack(rows)
+        return torch.cat([logits.argmax(-1) for logits in self.logits_of(states, split)])
 
     def accuracy(self, states: Sequence[State], bits: Sequence[str | None], split: Split) -> Tensor:
         """Fraction of images answered right with each of N subsets, (N,) float64; see `Problem.accuracy`."""

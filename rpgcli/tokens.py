@@ -66,7 +66,7 @@ class TokensConfig(Config):
         if self.align == "weight-matching" and not groups:
             raise RecipeError(
                 "tokens.align is weight-matching, but no hidden units of these networks are known to be exchangeable.",
-                "Known are those of mlp3, cnn, convnet3 and timm's plain ResNets and vision transformers,",
+                "Known are those of mlp3, cnn, convnet3, rpg-cnn and timm's plain ResNets and vision transformers,",
                 "where everything that enters or leaves a unit is generated. Set tokens.align: none.",
             )
         return tuple(groups)
@@ -86,7 +86,7 @@ class Statistics:
         """Raw tokens (..., len(rows), D) to zero mean and unit deviation; padding and fixed coordinates become 0."""
         if self.raw:
             return tokens
-        return (tokens - self.mean[rows]) / self.scale[rows] * self.varies[rows]
+        return (tokens - self.mean[rows]).div_(self.scale[rows]).mul_(self.varies[rows])
 
     def restore(self, tokens: Tensor) -> Tensor:
         """Inverse of `standardise`, (..., L, D): a coordinate that never varied becomes its mean."""

@@ -6,13 +6,15 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+
+from tests import network
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Read when torch is imported: tests are small, and several processes share the cores."""
@@ -91,6 +93,22 @@ def run_rpg(*arguments: object, stdin: str = "", terminal: bool = False) -> Outc
 def rpg() -> Rpg:
     """`rpg("collect", "--run", folder)` runs a command and returns its `Outcome`."""
     return run_rpg
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """The whole time."""
+    with network.none():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def nobody_reached(no_network: None) -> Iterator[None]:
+    """A test that tries to reach a network fails."""
+    yield
+    tried = [*network.ATTEMPTS]
+    network.ATTEMPTS.clear()
+    assert not tried, f"the network was tried: {tried}"
 
 
 @dataclass(frozen=True)

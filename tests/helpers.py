@@ -1,6 +1,6 @@
 """What several tests of the library need: drafts, token stores, tiny problems."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,11 @@ def tiny_problem(target: Any = None, *, bits: bool = True, num: int = 60, **data
         given["task"] = MultiClassConfig()
     config = ProblemConfig(**given).model_copy(update={"dataset": TinyDigits(num=num, **dataset)})
     return Problem(config, None, False, torch.device("cpu"))
+
+
+def total(parts: Iterable[Tensor]) -> Tensor:
+    """The loss of a batch whose parts these are."""
+    return torch.stack(list(parts)).sum()
 
 
 def stop_after(num_steps: int) -> OnStep:

@@ -7,16 +7,27 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from scipy.stats import gaussian_kde, kstest
+from scipy.stats import gaussian_kde, ks_2samp, kstest
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import PolynomialFeatures
-from torch import Tensor
+from torch import Tensor, nn
 
 from rpgcli import rng
 from rpgcli.methods import baselines, resampling
-from rpgcli.methods.baselines import Known, MlpSetting, Predict, best, fit_all, nearest, perceptron, ridge, signs
-from rpgcli.methods.resampling import GENERATORS, Draw, Originals, from_store, latent_generators, network
+from rpgcli.methods.baselines import (
+    Known,
+    MlpSetting,
+    Predict,
+    average_trunk,
+    best,
+    known_of,
+    nearest,
+    perceptron,
+    ridge,
+    signs,
+)
+from rpgcli.methods.resampling import GENERATORS, Draw, Originals, from_store, last_layer, latent_generators, network
 from rpgcli.progress import Step, silent
 from rpgcli.tokens import detokenize
 from tests.helpers import draw, raw, token_store
@@ -85,8 +96,12 @@ def test_all_of_them_leave_the_checkpoints_alone_and_answer_any_number_of_tasks(
     def score(predict: Predict) -> float:
         return -float((predict(OTHER) - truth(OTHER)).square().mean())
 
-    fitted = fit_all(given, score, [MlpSetting(width=16, num_steps=20)], 0, silent)
-    assert [f.name for f in fitted] == ["average", "nearest", "ridge", "ridge-pairs", "mlp"]
+    def fit_all(mlp: Sequence[MlpSetting]) -> list[baselines.Fitted]:
+        table = {name: candidates(given, mlp, 0, silent) for name, candidates in baselines.GENERATORS.items()}
+        return [best(name, found, score) for name, found in table.items() if found]
+
+    fitted = fit_all([MlpSetting(width=16, num_steps=20)])
+    assert [f.name for f in fitted] == ["average", "average-trunk", "nearest", "ridge", "ridge-pairs", "mlp"]
     assert raw(given.parameters) == before
     for baseline in fitted:
         assert baseline.predict(OTHER).shape == (len(OTHER), 7)
@@ -96,13 +111,37 @@ def test_all_of_them_leave_the_checkpoints_alone_and_answer_any_number_of_tasks(
     average = fitted[0].predict(OTHER)
     torch.testing.assert_close(average[3], given.parameters.flatten(0, 1).mean(0))
     assert raw(given.parameters) == before
-    assert [f.name for f in fit_all(given, score, [], 0, silent)] == ["average", "nearest", "ridge", "ridge-pairs"]
+    assert [f.name for f in fit_all([])] == [f.name for f in fitted[:-1]]
+
+
+def test_average_trunk_is_the_average_with_another_last_layer_for_each_network():
+    given = Known(SEEN, known().parameters, lambda generator: torch.rand(2, generator=generator))
+    predict, expected = average_trunk(given, 0), given.parameters.flatten(0, 1).mean(0)
+    first, again, second = predict(OTHER), predict(OTHER), predict(OTHER, 1)
+    assert torch.equal(first, again)
+    assert torch.equal(predict(OTHER[3:4], 1)[0], second[3])
+    for found in (first, second):
+        torch.testing.assert_close(found[:, :5], expected[:5].expand(len(OTHER), -1))
+    layers = torch.cat([first[:, 5:], second[:, 5:], average_trunk(given, 1)(OTHER)[:, 5:]])
+    assert len(layers.unique(dim=0)) == 3 * len(OTHER)
+    torch.testing.assert_close(average_trunk(known(), 0)(OTHER[:1])[0], expected)  # nobody knows its last layer
+
+
+def test_the_checkpoints_of_a_store_are_known_task_by_task(tmp_path):
+    states = [{"a.weight": draw(4, 5, seed=i)} for i in range(6)]
+    facts = [{"task_bits": ["01", "10", "11"][i % 3], "run": i // 3, "step": 0} for i in range(6)]
+    store = token_store(tmp_path / "store", states, facts, token_dim=8)
+    found = known_of(store)
+    assert found.tasks == ["01", "10", "11"]
+    assert found.parameters.shape == (3, 2, 20)
+    for i in range(6):
+        assert torch.equal(found.parameters[i % 3, i // 3], store.vector(i))
 
 
 def test_the_setting_with_the_best_validation_score_is_kept_the_first_of_equals():
     scores = {"a": 0.1, "b": 0.9, "c": 0.9}
     guesses = {name: draw(1, seed=i) for i, name in enumerate(scores)}
-    table = [({"name": name}, lambda name=name: lambda tasks: guesses[name]) for name in scores]
+    table = [({"name": name}, lambda name=name: lambda tasks, i=0: guesses[name]) for name in scores]
     found = best("x", table, lambda predict: next(scores[n] for n, g in guesses.items() if g is predict([])))
     assert (found.settings, found.validation) == ({"name": "b"}, 0.9)
 
@@ -164,7 +203,7 @@ def test_a_draw_depends_on_seed_name_and_number_only_and_leaves_the_checkpoints_
     assert torch.equal(again[1], first[1])
     torch.testing.assert_close(network(name, draws[name], stored, 0, 1), first[1], rtol=1e-4, atol=1e-4)
     other = network(name, draws[name], given, 1, 0)
-    is_mean = name in {"average", "soup-16"}  # of all six
+    is_mean = name in {"average", "average-trunk", "soup-16"}  # of all six, and nobody knows their last layer
     assert torch.equal(other, first[0]) == torch.equal(first[1], first[0]) == is_mean
     for found in first:  # What comes out is nobody's row.
         found.zero_()
@@ -176,6 +215,36 @@ def test_the_average_is_that_of_all_and_so_is_a_soup_of_more_than_there_are(name
     x = matrix()
     given = Originals(x)
     torch.testing.assert_close(network(name, GENERATORS[name], given, 0, 3), x.mean(0))
+
+
+@pytest.mark.parametrize("standardise", ["parameter", "layer", "none"])
+def test_average_trunk_has_a_last_layer_as_torch_initialises_it(tmp_path, standardise):
+    with rng.initialising(0):
+        states = [nn.Sequential(nn.Conv2d(1, 3, 2), nn.Linear(16, 5)).state_dict() for _ in range(6)]
+        oracles = [nn.Linear(16, 5).state_dict() for _ in range(200)]
+    store = token_store(tmp_path / "store", states, token_dim=8, standardise=standardise)
+    given, trunk = from_store(store), GENERATORS["average-trunk"]
+    found = [store.rebuilt(network("average-trunk", trunk, given, 0, i)) for i in range(200)]
+    for name in ("0.weight", "0.bias"):
+        expected = torch.stack([state[name] for state in states]).mean(0)
+        for one in found:
+            torch.testing.assert_close(one[name], expected, rtol=1e-4, atol=1e-5)
+    for name in ("1.weight", "1.bias"):  # uniform within 1 / sqrt(16), which is also what the oracle draws
+        values = torch.stack([one[name] for one in found]).flatten()
+        oracle = torch.stack([state[name.removeprefix("1.")] for state in oracles]).flatten()
+        assert float(values.abs().max()) <= 0.25 + 1e-5
+        assert ks_2samp(values, oracle).pvalue > 1e-3
+        assert not torch.equal(found[0][name], found[1][name])
+
+
+def test_a_last_norm_layer_is_initialised_to_change_nothing(tmp_path):
+    states = [{"n1.weight": draw(3, seed=i), "n2.weight": draw(4, seed=i), "n2.bias": draw(4)} for i in range(4)]
+    states[0]["n2.bias"] += 1  # else it never varies, and would be generated as it is
+    store = token_store(tmp_path / "store", states, token_dim=8)
+    layer = last_layer(store)(rng.stream(0, "test"))
+    found = store.rebuilt(torch.cat([torch.zeros(3), layer]))
+    torch.testing.assert_close(found["n2.weight"], torch.ones(4))
+    torch.testing.assert_close(found["n2.bias"], torch.zeros(4))
 
 
 def test_a_soup_is_the_mean_of_different_checkpoints_each_as_often():
@@ -242,7 +311,7 @@ def test_the_gaussian_has_deviations_but_no_correlations():
 def test_noise_lies_around_a_checkpoint_in_the_unit_that_is_asked_for(name, sigma):
     units = {"absolute": torch.tensor([1.0, 2.0, 0.0]), "relative": torch.tensor([0.0, 3.0, 0.5])}
     rows = 1000 * torch.arange(5.0)[:, None].expand(-1, 3)
-    drawn = many(name, Originals(rows, **units))
+    drawn = many(name, Originals(rows, units["absolute"], units["relative"]))
     origin = (drawn / 1000).round()
     assert torch.equal(origin.amin(1), origin.amax(1))
     assert origin[:, 0].unique().tolist() == [0, 1, 2, 3, 4]

@@ -188,7 +188,7 @@ def test_report_has_the_rows_that_are_always_there(run):
     always = {("trained", "trained"), ("rpg", "generated")}
     assert {(name, kind, split) for name, kind in always for split in ("seen", "unseen")} <= rows
     trivial = {name for name, kind, _ in rows if kind == "baseline"}
-    assert trivial == {"majority", "average", "nearest", "ridge", "ridge-pairs", "mlp"}
+    assert trivial == {"majority", "average", "average-trunk", "nearest", "ridge", "ridge-pairs", "mlp"}
     assert report["schema"] == 1 and isinstance(report["beats_baselines"], bool) and report["verdict"]
 
 

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from rpgcli import rng
+from rpgcli import kernels, rng
 from rpgcli.config import Config
 from rpgcli.cores import CoreConfig
 from rpgcli.cores.lstm import LstmConfig
@@ -73,6 +74,59 @@ def test_the_first_prototype_reaches_the_last() -> None:
         core, h = build(config), draw(1, 30, 32).requires_grad_()
         (gradient,) = torch.autograd.grad(core(h)[0, -1].sum(), h)
         assert gradient[0, 0].abs().max() > 0
+
+
+# ------------------------------------------------------------------ memory
+
+
+def kept_bytes(core: Any, h: Tensor) -> int:
+    """What autograd keeps of a forward pass, the core's own parameters apart."""
+    own = {p.untyped_storage().data_ptr() for p in core.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        core(h)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [*CAUSAL, TransformerConfig(d_model=32)], ids=lambda config: str(config.kind))
+def test_recomputed_blocks_give_the_same_bits_and_keep_only_what_enters_them(config: Any, dtype: torch.dtype) -> None:
+    plain, again = build(config), build(config.model_copy(update={"recompute": True}))
+    h = draw(2, 70, 32)
+    results = []
+    for core in (plain, again):
+        entered = h.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            prototypes = core(entered)
+        prototypes.float().square().sum().backward()
+        results.append([prototypes.detach(), entered.grad, *(p.grad for p in core.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    entered = h.clone().requires_grad_()
+    assert kept_bytes(again, entered) <= 4 * h.numel() * len(again.blocks)
+    assert kept_bytes(plain, entered) > 4 * kept_bytes(again, entered)
+    with torch.no_grad():
+        assert torch.equal(again(h), plain(h))
+
+
+def test_the_scan_and_its_parameters_stay_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    core, seen = build(Mamba2Config(d_model=32, headdim=8)), list[torch.dtype]()
+    scan = kernels._chunked_scan
+
+    def spy(*values: Any) -> Tensor:
+        seen.extend(value.dtype for value in values[:5])
+        return scan(*values)
+
+    monkeypatch.setattr(kernels, "_chunked_scan", spy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        core(draw(2, 7, 32)).float().sum().backward()
+    assert set(seen) == {torch.float32}
+    assert {p.dtype for p in core.parameters()} == {p.grad.dtype for p in core.parameters()} == {torch.float32}
 
 
 # ------------------------------------------------------------------ transformer

@@ -67,6 +67,22 @@ def test_comparisons_are_paired_over_the_tasks_of_both():
     assert found.to_json()["above"] is True
 
 
+def test_a_single_network_or_task_has_no_error_and_so_is_never_better():
+    one = group("rpg", [0.9])
+    found = compare(one, group("ridge", [0.1]))
+    assert not found.has_error
+    assert not found.above
+    assert found.difference == pytest.approx(0.8)
+    sentence, beats, _ = verdict(one, None, [group("ridge", [0.1])])
+    assert not beats
+    assert sentence.endswith("(ridge, 0.1000), +80.00 points (paired), standard error unknown.")
+    loose = Group("pdiff", "generated", "all", [0.9], [None], None)
+    many = Group("noise", "baseline", "all", [0.1, 0.2], [None] * 2, None)
+    assert not compare(loose, many).above
+    assert compare(many, loose).has_error  # the average of all is one network, and the same each time
+    assert verdict(loose, None, [many])[0].startswith("pdiff reaches 0.9000 on 1 network: no evidence")
+
+
 def test_comparisons_without_tasks_add_the_errors():
     a = Group("rpg", "generated", "all", [0.9, 0.7], [None] * 2, None)
     b = Group("average", "baseline", "all", [0.5], [None], None)
@@ -91,9 +107,12 @@ def test_the_verdict_when_every_trivial_generator_is_beaten():
     assert beats
     assert sentence == (
         "rpg reaches 0.9600 on 6 unseen tasks, 2.00 points below trained networks (0.9800), "
-        "and beats the strongest trivial generator (ridge, 0.9317) by +2.83 ± 0.17 points (paired)."
+        "and beats the strongest trivial generator (ridge, 0.9317) by +2.83 ± 0.17 points (paired), "
+        "17.0 standard errors."
     )
     assert [c.against for c in comparisons] == ["average", "ridge"]
+    assert [c.to_json()["comparable"] for c in comparisons] == [True, True]
+    assert {c.why for c in comparisons} == {"asked for the same tasks"}
 
 
 def test_the_verdict_when_it_is_no_better():
@@ -101,8 +120,8 @@ def test_the_verdict_when_it_is_no_better():
     sentence, beats, _ = verdict(RPG, None, [WEAK, better])
     assert not beats
     assert sentence == (
-        "rpg reaches 0.9600 on 6 unseen tasks: no better than the strongest trivial generator (mlp, 0.9700), "
-        "-1.00 ± 0.00 points (paired)."
+        "rpg reaches 0.9600 on 6 unseen tasks: no evidence that it is better than the strongest trivial generator "
+        "(mlp, 0.9700), -1.00 ± 0.00 points (paired)."
     )
 
 
@@ -112,7 +131,7 @@ def test_the_verdict_names_the_generator_that_was_not_beaten():
     scattered = group("nearest", [0.99, 0.99, 0.60, 0.60, 0.98, 0.98])
     sentence, beats, _ = verdict(RPG, TRAINED, [strongest, scattered])
     assert not beats
-    assert "no better than a trivial generator (nearest, 0.8567)" in sentence
+    assert "no evidence that it is better than a trivial generator (nearest, 0.8567)" in sentence
 
 
 def test_the_verdict_with_nothing_to_compare_or_to_judge():
@@ -122,6 +141,75 @@ def test_the_verdict_with_nothing_to_compare_or_to_judge():
     assert not beats
     assert not comparisons
     assert not verdict(RPG, TRAINED, [group("ridge", [], [])])[1]
+
+
+def loose(name: str, accuracies: list[float], kind: str = "baseline") -> Group:
+    return Group(name, kind, "all", accuracies, [None] * len(accuracies), None)
+
+
+PDIFF = loose("pdiff", [0.80, 0.82], "generated")
+NOISE, SOUP, MEAN = loose("noise", [0.70, 0.72]), loose("soup", [0.90, 0.92]), loose("average", [0.95])
+NEW, COPIES = (True, "as novel: ..."), (False, "less novel: ...")
+
+
+def test_the_verdict_compares_with_generators_that_are_as_novel_and_names_those_that_are_not():
+    comparable = {"noise": NEW, "soup": COPIES, "average": COPIES}
+    sentence, beats, comparisons = verdict(PDIFF, None, [NOISE, SOUP, MEAN], comparable=comparable)
+    assert beats
+    assert sentence == (
+        "pdiff reaches 0.8100 on 2 networks, and beats the strongest trivial generator that is as novel "
+        "(noise, 0.7100) by +10.00 ± 1.41 points, 7.1 standard errors; more accurate but less novel: soup, average."
+    )
+    assert [(c.against, c.comparable, c.why) for c in comparisons] == [
+        ("noise", True, "as novel: ..."), ("soup", False, "less novel: ..."), ("average", False, "less novel: ...")
+    ]  # fmt: skip
+    assert comparisons[1].to_json()["why"] == "less novel: ..."
+    sentence, beats, _ = verdict(PDIFF, None, [NOISE, SOUP], comparable={"noise": NEW, "soup": NEW})
+    assert not beats
+    assert "no evidence that it is better than the strongest trivial generator (soup, 0.9100), -10.00" in sentence
+
+
+def test_the_verdict_when_no_trivial_generator_is_as_novel():
+    sentence, beats, _ = verdict(PDIFF, None, [NOISE, SOUP], comparable={"noise": COPIES, "soup": COPIES})
+    assert not beats
+    assert sentence.endswith(
+        "no evidence that it is better, as no trivial generator is as novel; more accurate but less novel: soup."
+    )
+
+
+def test_the_verdict_names_a_few_of_the_more_accurate_ones():
+    many = [loose(f"soup-{i}", [0.9, 0.9]) for i in range(5)]
+    sentence, _, _ = verdict(PDIFF, None, [NOISE, *many], comparable={"noise": NEW, **{b.name: COPIES for b in many}})
+    assert sentence.endswith("more accurate but less novel: soup-0, soup-1, soup-2 and 2 more.")
+
+
+def test_the_verdict_says_what_the_set_is_and_what_would_do_as_well():
+    trained = loose("trained", [0.81, 0.83], "trained")
+    sentence, beats, comparisons = verdict(
+        PDIFF, trained, [NOISE], what="all copies of training networks", instead="the training networks themselves"
+    )
+    assert not beats
+    assert comparisons[0].above
+    assert sentence == (
+        "pdiff reaches 0.8100 on 2 networks (all copies of training networks), 1.00 points below trained networks "
+        "(0.8200): no evidence that it is better than the training networks themselves."
+    )
+
+
+def test_the_verdict_counts_networks_that_failed():
+    some = Group("pdiff", "generated", "all", [0.80, 0.82], [None] * 2, None, ["a.safetensors"])
+    sentence, beats, _ = verdict(some, None, [NOISE], what="1 of them at chance")
+    assert beats
+    assert sentence.startswith(
+        "pdiff reaches 0.8100 on 2 networks (1 of them at chance; 1 more failed: NaN or infinity)"
+    )
+    assert some.to_json()["failed"] == ["a.safetensors"]
+    assert some.to_json()["count"] == 2
+    none = Group("pdiff", "generated", "all", [], [], None, ["a", "b"])
+    sentence, beats, comparisons = verdict(none, None, [NOISE])
+    assert sentence == "all 2 networks of pdiff failed (NaN or infinity): no evidence that it is better."
+    assert not beats
+    assert not comparisons
 
 
 def test_majority_guesses_the_more_frequent_answer_of_the_training_images():

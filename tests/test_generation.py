@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from rpgcli import rng
-from rpgcli.artifact import Artifact
 from rpgcli.conditions import Asked, Condition
 from rpgcli.cores.mamba2 import Mamba2Config
 from rpgcli.denoisers.mlp import MlpDenoiserConfig
@@ -19,11 +19,13 @@ from rpgcli.generation import (
     Request,
     Sample,
     Sampling,
+    Source,
     condition_of,
     default_request,
     request_folder,
     request_of,
 )
+from rpgcli.methods import METHODS, SHORT
 from rpgcli.methods.rpg import RPG, RpgConfig, build
 from rpgcli.models import assemble
 from rpgcli.samplers import DdimConfig, DdpmConfig, DpmSolverConfig
@@ -202,23 +204,24 @@ LEVEL = Condition("accuracy-level", 2, levels=((0.5, 0.7), (0.9, 1.0)))
 LABEL = Condition("label", 2, labels=("cat", "dog"))
 ACCURACY = Condition("accuracy", 1, mean=0.9, std=0.2)
 
-Trained = Callable[[Condition | None], Artifact]
+Trained = Callable[[Condition | None], Source]
 
 
 @pytest.fixture
 def trained(tmp_path) -> Trained:
     """Models of which a request needs no more than the facts."""
 
-    def build_facts(condition: Condition | None) -> Artifact:
+    def build_source(condition: Condition | None) -> Source:
         facts: dict[str, Any] = {"condition": condition and condition.to_json(), "tasks": SIDES}
-        return make(tmp_path / (condition.kind if condition else "none"), lambda draft: facts, stage="train-rpg")
+        folder = tmp_path / (condition.kind if condition else "none")
+        return Source("rpg", {"rpg": make(folder, lambda draft: facts, stage="train-rpg")}, condition)
 
-    return build_facts
+    return build_source
 
 
 @pytest.mark.parametrize("condition", [None, FOUR_BITS, LABEL, LEVEL, ACCURACY], ids=lambda c: c and c.kind)
 def test_the_condition_of_a_model_is_read_back(trained, condition):
-    assert condition_of(trained(condition)) == condition
+    assert condition_of(trained(condition).inputs["rpg"]) == condition
 
 
 @pytest.mark.parametrize(
@@ -282,3 +285,18 @@ def test_different_requests_lie_in_different_folders():
     assert len(set(names)) == len(names)
     assert names[:2] == ["0110-s0-n1", "pdiff-0110-s0-n1"]
     assert request_folder(one, GenerateConfig(method="rpg"), "rpg") == names[0]  # saying what was clear changes nothing
+
+
+def test_a_trivial_generator_has_a_folder_that_no_setting_of_denoising_changes():
+    everything = Request("all", [Asked()], 20)
+    configs = [GenerateConfig(), GenerateConfig(num_steps=3), GenerateConfig(state="none", temperature=0.5)]
+    assert {request_folder(everything, config, "soup-16") for config in configs} == {"soup-16-all-s0-n20"}
+    assert request_folder(everything, GenerateConfig(seed=1), "soup-16") == "soup-16-all-s1-n20"
+
+
+def test_a_family_means_one_of_its_members_and_unknown_names_get_the_nearest():
+    assert {short: GenerateConfig(method=short).method for short in SHORT} == SHORT
+    assert all(GenerateConfig(method=name).method == name for name in METHODS)
+    assert set(SHORT.values()) < set(METHODS) and not set(SHORT) & set(METHODS)
+    with pytest.raises(ValidationError, match="unknown method 'sop-16'; did you mean 'soup-16'"):
+        GenerateConfig(method="sop-16")

@@ -14,6 +14,7 @@ LAYERS = [
     {"cli"},
     {"command"},
     {"console"},
+    {"foreign"},
     {"pipeline", "planning", "diagnosis"},
     {"recipe"},
     {"models"},
@@ -33,11 +34,25 @@ LAYERS = [
         "autoencoder",
     },
     {"positions", "kernels"},
-    {"layout", "alignment", "tokens", "artifact", "rng", "strict_yaml", "progress", "config", "errors", "__init__"},
+    {
+        "layout",
+        "alignment",
+        "tokens",
+        "artifact",
+        "rng",
+        "strict_yaml",
+        "progress",
+        "sharding",
+        "config",
+        "errors",
+        "ranks",
+        "__init__",
+    },
 ]
 """From the top down; the parts of a folder count as one."""
 ONLY: dict[str, set[str]] = {
     "rich": {"console"}, "typer": {"cli", "command"}, "mamba_ssm": {"kernels"}, "causal_conv1d": {"kernels"},
+    "ray": {"sharding"},
     "pickle": {"imports"},  # for the name of the error that `torch.load(weights_only=True)` raises
     "dill": set(), "marshal": set(), "shelve": set(), "joblib": set(),
 }  # fmt: skip

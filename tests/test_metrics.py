@@ -16,9 +16,9 @@ from torch import Tensor
 
 from rpgcli import rng
 from rpgcli.evaluation import distance, similarity
-from rpgcli.evaluation.accuracy import best, percentiles, vote, vote_gain
+from rpgcli.evaluation.accuracy import at_chance, best, guess, percentiles, vote, vote_gain
 from rpgcli.evaluation.calibration import expected_calibration_error, negative_log_likelihood
-from rpgcli.evaluation.novelty import alpha, profile
+from rpgcli.evaluation.novelty import Novelty, alpha, as_novel, profile
 from rpgcli.evaluation.similarity import (
     disagreement,
     error_iou,
@@ -200,6 +200,13 @@ def test_distances_do_not_depend_on_the_order_of_coordinates_or_others(num_other
     )
 
 
+def test_the_extent_is_the_root_mean_square_distance_from_the_mean():
+    zoo = draw(30, 101) + 5
+    expected = (zoo.double() - zoo.double().mean(0)).square().sum(1).mean().sqrt()
+    assert distance.extent(zoo) == pytest.approx(float(expected), rel=1e-6)
+    assert distance.extent(zoo[:1]) == 0
+
+
 @pytest.mark.parametrize("distances", [[1.0, 2.0, 4.0], [1.0, 2.0, 4.0, 8.0], [3.0]])
 def test_tau_is_the_median(distances):
     assert distance.tau(torch.tensor(distances)) == pytest.approx(statistics.median(distances))
@@ -235,6 +242,32 @@ def test_profiles_fall_with_the_distance_and_stay_in_bounds(networks, alpha, tau
     shares = [p.share for p in profile(accuracies, distances, alpha=alpha, tau=tau)]
     assert shares == sorted(shares, reverse=True)
     assert 0 <= min(shares) <= max(shares) <= float((accuracies >= alpha).double().mean())
+
+
+def novelty(iou: list[float], distance: list[float] | None = None) -> Novelty:
+    return Novelty(iou, distance)
+
+
+def test_as_novel_is_judged_by_distance_where_tau_means_something_else_by_error_iou():
+    generated = novelty([0.5, 0.6], [1.0, 1.2])
+    near, far = novelty([0.1, 0.1], [0.5, 0.7]), novelty([0.9, 0.9], [1.4, 1.4])
+    assert as_novel(far, generated)[0]
+    is_so, why = as_novel(near, generated)
+    assert not is_so
+    assert why == "less novel: 0.600 tau from the nearest training network, generated networks 1.100"
+    assert as_novel(novelty([0.1, 0.1]), novelty([0.5, 0.6]))[0]
+    is_so, why = as_novel(novelty([0.9, 0.9], [9.0, 9.0]), novelty([0.5, 0.6]))  # no tau
+    assert not is_so
+    assert why == "less novel: 0.900 error IoU with the nearest training network, generated networks 0.550"
+
+
+@pytest.mark.parametrize(
+    ("iou", "expected"), [(0.55, True), (0.5 + 2 * 0.05 - 1e-9, True), (0.5 + 2 * 0.05 + 1e-9, False)]
+)
+def test_as_novel_leaves_two_standard_errors(iou, expected):
+    generated = novelty([0.45, 0.55])  # a standard error of 0.05
+    assert as_novel(novelty([iou]), generated)[0] == expected
+    assert as_novel(generated, generated)[0]
 
 
 # --- calibration ------------------------------------------------------------------------------------------------------
@@ -309,3 +342,15 @@ def test_members_that_err_apart_gain_by_voting_and_copies_gain_nothing():
     apart = labels + torch.eye(3, dtype=torch.long).repeat(1, 33)  # each image is got wrong by one of three
     assert vote_gain(apart, labels) == pytest.approx(1 / 3)
     assert vote_gain(apart[:1].expand(5, -1), labels) == pytest.approx(0)
+
+
+def test_the_best_guess_is_the_most_frequent_label_of_each_row():
+    labels = torch.tensor([[0, 0, 1, 2], [2, 2, 2, 0]])
+    assert guess(labels).tolist() == [0.5, 0.75]
+
+
+def test_chance_ends_two_standard_errors_above_the_best_guess():
+    labels = torch.arange(400)[None].expand(3, -1) % 4  # 0.25, with a standard error of 0.0217
+    line = 0.25 + 2 * math.sqrt(0.25 * 0.75 / 400)
+    found = at_chance(torch.tensor([0.1, line - 1e-6, line + 1e-6], dtype=torch.float64), labels)
+    assert found.tolist() == [True, True, False]

@@ -41,7 +41,7 @@ from rpgcli.samplers import sample
 from rpgcli.targets import Mlp3Config
 from rpgcli.tokens import TokenStore
 from rpgcli.training import TrainingConfig, fit
-from tests.helpers import State, draw, make, tiny_problem, token_store
+from tests.helpers import State, draw, make, tiny_problem, token_store, total
 
 CPU = torch.device("cpu")
 SMALL = LatentDiffusionConfig(
@@ -494,12 +494,12 @@ def test_the_loss_of_a_step_depends_on_its_number_alone(mixture):
     randomise(model)
     loss = diffusion_loss(model, config, mixture, features, CPU)
     before = torch.random.get_rng_state()
-    first = [float(loss(step).detach()) for step in (0, 1, 2)]
+    first = [float(total(loss(step)).detach()) for step in (0, 1, 2)]
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert [float(loss(step).detach()) for step in (2, 0, 1)] == [first[2], first[0], first[1]]
+    assert [float(total(loss(step)).detach()) for step in (2, 0, 1)] == [first[2], first[0], first[1]]
     assert len(set(first)) == 3
     other = diffusion_loss(model, config.model_copy(update={"seed": 1}), mixture, features, CPU)
-    assert float(other(0).detach()) != first[0]
+    assert float(total(other(0)).detach()) != first[0]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
@@ -510,8 +510,8 @@ def test_condition_dropout_leaves_out_the_condition_of_so_many_networks(mixture,
     seen: list[Tensor] = []
     assert model.condition is not None
     model.condition.register_forward_hook(lambda _, args, out: seen.append(args[0]))
-    diffusion_loss(model, config, mixture, features, CPU)(0)
-    diffusion_loss(model, config.model_copy(update={"condition_dropout": 0.0}), mixture, features, CPU)(0)
+    total(diffusion_loss(model, config, mixture, features, CPU)(0))
+    total(diffusion_loss(model, config.model_copy(update={"condition_dropout": 0.0}), mixture, features, CPU)(0))
     dropped, whole = seen
     left_out = ~dropped.any(1)
     assert abs(float(left_out.double().mean()) - share) <= 5 * (share * (1 - share) / 4000) ** 0.5
@@ -524,12 +524,12 @@ def test_a_latent_is_trained_with_the_condition_of_its_own_network(mixture):
     x = model.scale.standardise(mixture)
     pairs: list[tuple[Tensor, Tensor]] = []
 
-    def loss(denoiser: object, x_0: Tensor, c: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    def loss_at(denoiser: object, x_0: Tensor, c: Tensor, *noise: object) -> Tensor:
         pairs.append((x_0, c))
         return c.sum()
 
-    model.diffusion.loss = loss  # type: ignore[method-assign]
-    diffusion_loss(model, SMALL, mixture, x, CPU)(0)
+    model.diffusion.loss_at = loss_at  # type: ignore[method-assign,assignment]
+    total(diffusion_loss(model, SMALL, mixture, x, CPU)(0))
     x_0, c = pairs[0]
     torch.testing.assert_close(c, model.prototypes(x_0, None)[:, 0])
 

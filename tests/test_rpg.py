@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from rpgcli.artifact import Draft, read_json
@@ -17,19 +18,21 @@ from rpgcli.conditions import Asked, Condition, state_indices
 from rpgcli.cores import CoreConfig
 from rpgcli.cores.mamba2 import Mamba2Config
 from rpgcli.denoisers import DenoiserConfig
+from rpgcli.denoisers.conv import ConvDenoiserConfig
 from rpgcli.denoisers.mlp import MlpDenoiserConfig
 from rpgcli.generation import Generator, Sample, Sampling
-from rpgcli.methods.rpg import RPG, RpgConfig, build, make_loss
+from rpgcli.methods.rpg import RPG, RpgConfig, Tokens, build, make_loss
 from rpgcli.models import assemble
 from rpgcli.problem import Problem, ProblemConfig
 from rpgcli.progress import silent
+from rpgcli.ranks import Ranks
 from rpgcli.samplers import DdimConfig
 from rpgcli.targets import Mlp3Config
 from rpgcli.tasks import MultiClassConfig
 from rpgcli.tokens import TokenStore
 from rpgcli.training import METRICS, TrainingConfig, fit
 from rpgcli.zoo import Zoo
-from tests.helpers import draw, make, token_store
+from tests.helpers import draw, make, token_store, total
 
 SMALL = RpgConfig(
     core=Mamba2Config(d_model=64, headdim=16, d_state=16),
@@ -234,7 +237,7 @@ def test_positions_are_learned_only_where_asked(store, position):
         with torch.no_grad():
             model.denoiser.output.weight.normal_(generator=torch.Generator().manual_seed(0))  # type: ignore[union-attr,operator]
             model.denoiser.modulation.weight.normal_(generator=torch.Generator().manual_seed(1))  # type: ignore[union-attr,operator]
-        make_loss(model, config, store, FOUR_BITS, torch.device("cpu"))(0).backward()
+        total(make_loss(model, config, store, FOUR_BITS, torch.device("cpu"))(0)).backward()
         gradient = model.position.grad
         assert gradient is not None
         assert gradient.abs().sum() > 0
@@ -249,7 +252,7 @@ def test_tokens_per_step_denoises_a_subset_and_the_core_sees_whole_networks(stor
         model = build(some, store, FOUR_BITS)
         model.core.register_forward_hook(lambda _, args, out: seen.append(tuple(args[0].shape)))
         model.denoiser.register_forward_hook(lambda _, args, out: seen.append(tuple(args[0].shape)))
-        make_loss(model, some, store, FOUR_BITS, torch.device("cpu"))(0)
+        total(make_loss(model, some, store, FOUR_BITS, torch.device("cpu"))(0))
         assert seen[-2:] == [(4, num_tokens, 32), (expected, 16)]
 
 
@@ -264,8 +267,84 @@ def test_tokens_that_never_vary_are_not_trained_on(tmp_path):
     seen: list[int] = []
     model.denoiser.register_forward_hook(lambda _, args, out: seen.append(len(args[0])))
     some = make_loss(model, few, store, None, torch.device("cpu"))
-    assert all(bool(loss(step).isfinite()) for loss in (whole, some) for step in range(10))
+    assert all(bool(total(loss(step)).isfinite()) for loss in (whole, some) for step in range(10))
     assert seen == [1] * 10
+
+
+@pytest.mark.parametrize("tokens_per_step", [None, 7, 1])
+@pytest.mark.parametrize(("micro_batch", "size"), [(1, 1), (2, 1), (None, 2), (2, 3)])
+def test_the_parts_of_a_batch_give_its_loss_and_gradients(store, tokens_per_step, micro_batch, size):
+    """Whatever falls into a part: tokens are drawn from the whole batch, padding differs from token to token."""
+    config = RpgConfig(
+        core=Mamba2Config(d_model=32, headdim=8, d_state=8), tokens_per_step=tokens_per_step,
+        training=FEW_STEPS.model_copy(update={"batch_size": 5}),
+    )  # fmt: skip
+    model = build(config, store, FOUR_BITS)
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.add_(draw(*parameter.shape, seed=i), alpha=0.1)
+    passed: list[int] = []
+    model.core.register_forward_hook(lambda _, args, out: passed.append(len(args[0])))
+
+    def gradients(loss: Tensor) -> dict[str, Tensor]:
+        found = torch.autograd.grad(loss, list(model.parameters()))
+        return dict(zip(dict(model.named_parameters()), found))
+
+    cut = config.model_copy(update={"micro_batch": micro_batch})
+    for step in range(3):
+        (whole,) = make_loss(model, config, store, FOUR_BITS, torch.device("cpu"))(step)
+        passed.clear()
+        parts = [
+            part
+            for rank in range(size)
+            for part in make_loss(model, cut, store, FOUR_BITS, torch.device("cpu"), Ranks(rank, size))(step)
+        ]
+        assert sum(passed) == 5
+        assert max(passed) <= (micro_batch or 3)
+        torch.testing.assert_close(total(parts), whole, rtol=1e-6, atol=0)  # the order of float32 sums
+        ours, theirs = gradients(total(parts)), gradients(whole)
+        for name, value in ours.items():
+            scale = float(theirs[name].abs().max())
+            torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-4 * scale)  # sums that cancel
+
+
+def test_micro_batches_and_batch_norm_are_refused():
+    with pytest.raises(ValidationError, match="micro_batch and norm: batch do not go together"):
+        RpgConfig(micro_batch=2, denoiser=ConvDenoiserConfig(norm="batch"))
+
+
+class Spied:
+    """A shard that notes how many rows are read of it."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens, self.read = tokens, 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        found = self.tokens[index]
+        self.read += found.numel() // self.tokens.shape[-1]
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokens, name)
+
+
+@pytest.mark.parametrize(("tokens_per_step", "size"), [(None, 1), (7, 1), (None, 2), (7, 2)])
+def test_only_the_tokens_of_the_parts_are_read(store, monkeypatch, tokens_per_step, size):
+    config = RpgConfig(
+        core=Mamba2Config(d_model=32, headdim=8, d_state=8), tokens_per_step=tokens_per_step, training=FEW_STEPS
+    )
+    shard = Spied(store.shards[0]["tokens"])
+    monkeypatch.setattr(store, "shards", [{"tokens": shard}])
+    model = build(config, store, FOUR_BITS)
+    entered: list[int] = []
+    model.denoiser.register_forward_hook(lambda _, args, out: entered.append(len(args[0])))
+    for rank in range(size):
+        total(make_loss(model, config, store, FOUR_BITS, torch.device("cpu"), Ranks(rank, size))(0))
+    assert len(entered) == size
+    assert shard.read == sum(entered) == (tokens_per_step or 4 * store.layout.num_tokens)
 
 
 def test_the_loss_of_a_subset_pairs_each_token_with_its_own_prototype(store):
@@ -281,7 +360,8 @@ def test_the_loss_of_a_subset_pairs_each_token_with_its_own_prototype(store):
     token = torch.tensor([num_tokens + 1, 0, 2 * num_tokens - 1])
     x_0 = store.rows(torch.tensor([3, 2, 3]), token % num_tokens)
     mask = store.statistics.varies[token % num_tokens]
-    found = model.loss(x_0, mask, features, state, token, torch.Generator().manual_seed(0))
+    t, eps = model.diffusion.draw((3, 16), torch.Generator().manual_seed(0))
+    found = model.loss(Tokens(x_0, mask, features, state, token, t, eps, int(mask.sum())))
     c = model.prototypes(features, state)
     own = torch.stack([c[t // num_tokens, t % num_tokens] for t in token.tolist()])
     expected = model.diffusion.loss(model.denoiser, x_0, own, mask, torch.Generator().manual_seed(0))
@@ -318,8 +398,8 @@ def test_the_loss_of_a_step_depends_on_its_number_alone(store):
     config = RpgConfig(core=Mamba2Config(d_model=32, headdim=8, d_state=8), tokens_per_step=5)
     model = build(config, store, FOUR_BITS)
     loss = make_loss(model, config, store, FOUR_BITS, torch.device("cpu"))
-    first = [float(loss(s).detach()) for s in (0, 1, 2)]
-    assert [float(loss(s).detach()) for s in (2, 0, 1)] == [first[2], first[0], first[1]]
+    first = [float(total(loss(s)).detach()) for s in (0, 1, 2)]
+    assert [float(total(loss(s)).detach()) for s in (2, 0, 1)] == [first[2], first[0], first[1]]
     assert len(set(first)) == 3
     other = make_loss(model, config.model_copy(update={"seed": 1}), store, FOUR_BITS, torch.device("cpu"))
-    assert float(other(0).detach()) != first[0]
+    assert float(total(other(0)).detach()) != first[0]

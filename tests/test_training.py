@@ -5,19 +5,33 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rpgcli import artifact, rng, training
 from rpgcli.artifact import Artifact, Draft
-from rpgcli.errors import ArtifactError, Interrupted, RpgError
+from rpgcli.errors import ArtifactError, Interrupted, RpgError, UsageError
 from rpgcli.progress import OnStep, Step, silent
-from rpgcli.training import CHECKPOINT, METRICS, Trainer, TrainingConfig, fit, learning_rate
+from rpgcli.ranks import Ranks
+from rpgcli.training import (
+    CHECKPOINT,
+    METRICS,
+    Ahead,
+    Trainer,
+    TrainingConfig,
+    fit,
+    learning_rate,
+    loader,
+    moved,
+    parts_of,
+)
 from tests.helpers import make, same_bits, stop_after
 
 CONFIG = TrainingConfig(
@@ -255,6 +269,108 @@ def test_the_graph_of_a_part_is_gone_before_the_next_is_made(tmp_path):
     assert set(under_autocast) == {("forward", True), ("backward", False)}
 
 
+@pytest.mark.parametrize("micro_batch", [None, 1, 2, 5, 100])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_parts_of_all_ranks_are_the_batch_and_none_is_larger_than_asked(size, micro_batch):
+    parts = [part for rank in range(size) for part in parts_of(11, micro_batch, Ranks(rank, size))]
+    assert [i for part in parts for i in range(11)[part]] == list(range(11))
+    assert all(0 < part.stop - part.start <= (micro_batch or 11) for part in parts)
+
+
+def test_a_batch_smaller_than_the_number_of_ranks_is_refused():
+    with pytest.raises(UsageError, match="a batch of 2 cannot be shared among 3 processes"):
+        parts_of(2, None, Ranks(0, 3))
+
+
+# --- drawing ahead ----------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_drawn_in_order_once_each_one_ahead_and_none_too_many():
+    drawn: list[int] = []
+
+    def draw(step: int) -> Tensor:
+        drawn.append(step)
+        return torch.randn(3, generator=rng.stream(0, step))
+
+    ahead = Ahead(draw, 6)
+    for step in range(2, 6):
+        assert torch.equal(ahead(step), torch.randn(3, generator=rng.stream(0, step)))
+        for future in ahead.begun.values():
+            future.result()
+        assert drawn == list(range(2, min(step + 2, 6)))
+    assert torch.equal(ahead(0), torch.randn(3, generator=rng.stream(0, 0)))  # from the start again
+
+
+def test_what_fails_in_the_thread_fails_in_its_step():
+    def draw(step: int) -> int:
+        return 1 // (step - 1)
+
+    ahead = Ahead(draw, 3)
+    assert ahead(0) == -1
+    with pytest.raises(ZeroDivisionError):
+        ahead(1)
+    assert ahead(2) == 1
+
+
+class Drawn(NamedTuple):
+    x: Tensor
+    missing: Tensor | None
+    number: int
+
+
+def test_a_loader_for_the_cpu_is_what_it_draws_from():
+    def draw(step: int) -> Iterator[Drawn]:
+        yield Drawn(torch.ones(2), None, step)
+
+    assert loader(draw, torch.device("cpu"), 3) is draw
+    twice = moved(next(draw(4)), lambda x: x * 2)
+    assert (twice.x.tolist(), twice.missing, twice.number) == ([2, 2], None, 4)
+
+
+@pytest.mark.gpu
+def test_a_loader_for_a_gpu_brings_the_same_bytes():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+    def draw(step: int) -> Iterator[Drawn]:
+        for part in range(2):
+            yield Drawn(torch.randn(1000, generator=rng.stream(0, step, part)), None, step)
+
+    load = loader(draw, torch.device("cuda"), 5)
+    for step in range(5):
+        for found, expected in zip(load(step), draw(step), strict=True):
+            assert found.x.is_cuda
+            assert torch.equal(found.x.cpu(), expected.x)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is read from a tensor, for which a GPU would have to be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device_but_those_that_log_or_save(tmp_path):
+    config = CONFIG.model_copy(update={"log_every": 4, "checkpoint_every": 6, "schedule": "constant"})
+    counts: list[int] = []
+
+    def body(draft: Draft) -> Mapping[str, Any]:
+        net = model().eval()
+        with Reads() as reads:  # type: ignore[no-untyped-call]
+            fit(
+                net, loss_of(net), config, draft, dtype=torch.float32,
+                on_step=lambda step: counts.append(reads.count),
+            )  # fmt: skip
+        return {}
+
+    make(tmp_path / "rpg", body)
+    reads = [after - before for before, after in pairwise([0, *counts])]
+    assert [step for step, count in enumerate(reads, 1) if count] == [4, 6, 8]
+
+
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +421,35 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     checkpoint.write_bytes(b"x" * 100)
     with pytest.raises(ArtifactError, match="not a safetensors file"):
         train(tmp_path / "rpg")
+
+
+def test_float16_is_refused_before_the_first_step(tmp_path):
+    def body(draft: Draft) -> Mapping[str, Any]:
+        net = model()
+        fit(net, loss_of(net), CONFIG, draft, dtype=torch.float16, on_step=silent)
+        return {}
+
+    with pytest.raises(UsageError, match="float16 cannot train"):
+        make(tmp_path / "rpg", body)
+
+
+def test_too_little_memory_says_what_to_lower_and_leaves_the_checkpoint(tmp_path):
+    def body(draft: Draft) -> Mapping[str, Any]:
+        net = model()
+        inner = loss_of(net)
+
+        def loss(step: int) -> Tensor:
+            if step == 4:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+            return inner(step)
+
+        fit(net, loss, CONFIG, draft, dtype=torch.float32, on_step=silent)
+        return {}
+
+    with pytest.raises(RpgError, match=r"out of memory on cpu in step 5") as error:
+        make(tmp_path / "rpg", body)
+    assert "micro_batch" in str(error.value)
+    assert int(artifact.read_tensors(tmp_path / "rpg.partial" / CHECKPOINT)["step"]) == 3
 
 
 # --- the optimizer ----------------------------------------------------------------------------------------------------

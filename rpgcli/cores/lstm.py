@@ -7,11 +7,10 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from rpgcli.config import Config
-from rpgcli.cores.stack import Stack
+from rpgcli.cores.stack import Stack, StackConfig
 
 
-class LstmConfig(Config):
+class LstmConfig(StackConfig):
     """Stacked one-directional LSTM layers."""
 
     kind: Literal["lstm"] = "lstm"
@@ -25,7 +24,9 @@ class LstmConfig(Config):
     def build(self) -> Stack:
         """Build the core with freshly drawn weights."""
         layers = [LstmLayer(self.d_model) for _ in range(self.num_layers)]
-        return Stack(layers, d_model=self.d_model, out_dim=self.d_model, residual=self.residual)
+        return Stack(
+            layers, d_model=self.d_model, out_dim=self.d_model, residual=self.residual, recompute=self.recompute
+        )
 
 
 class LstmLayer(nn.Module):

@@ -15,11 +15,10 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from rpgcli import kernels
-from rpgcli.config import Config
-from rpgcli.cores.stack import Stack
+from rpgcli.cores.stack import Stack, StackConfig
 
 
-class Mamba2Config(Config):
+class Mamba2Config(StackConfig):
     """Stacked Mamba-2 blocks."""
 
     kind: Literal["mamba2"] = "mamba2"
@@ -91,7 +90,7 @@ class Mamba2Config(Config):
         """Build the core with freshly drawn weights."""
         widths = self.widths
         blocks = [Mamba2Block(self, in_dim, width) for in_dim, width in zip((self.d_model, *widths), widths)]
-        return Stack(blocks, d_model=self.d_model, out_dim=widths[-1], residual=self.residual)
+        return Stack(blocks, d_model=self.d_model, out_dim=widths[-1], residual=self.residual, recompute=self.recompute)
 
 
 class GatedRmsNorm(nn.Module):

@@ -6,11 +6,10 @@ import torch.nn.functional as F
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
-from rpgcli.config import Config
-from rpgcli.cores.stack import Stack
+from rpgcli.cores.stack import Stack, StackConfig
 
 
-class TransformerConfig(Config):
+class TransformerConfig(StackConfig):
     """Pre-norm self-attention and feed-forward layers, without dropout."""
 
     kind: Literal["transformer"] = "transformer"
@@ -34,7 +33,7 @@ class TransformerConfig(Config):
         layers: list[nn.Module] = []
         for _ in range(self.num_layers):
             layers += [SelfAttention(self.d_model, self.num_heads), feed_forward(self.d_model, self.feedforward_dim)]
-        return Stack(layers, d_model=self.d_model, out_dim=self.d_model, residual=True)
+        return Stack(layers, d_model=self.d_model, out_dim=self.d_model, residual=True, recompute=self.recompute)
 
 
 def feed_forward(d_model: int, hidden_dim: int) -> nn.Sequential:

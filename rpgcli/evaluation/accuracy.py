@@ -44,3 +44,19 @@ def vote_gain(answers: Tensor, labels: Tensor) -> float:
     """
     mean = (answers == labels).double().mean()
     return float((vote(answers) == labels).double().mean() - mean)
+
+
+def guess(labels: Tensor) -> Tensor:
+    """Accuracy of the best constant answer, (n,) float64, to labels (n, N)."""
+    return torch.stack([(labels == c).double().mean(1) for c in labels.unique()]).amax(0)
+
+
+def at_chance(accuracies: Tensor, labels: Tensor) -> Tensor:
+    """Whether networks are no better than the best constant answer, to two binomial standard errors, (n,).
+
+    Args:
+        accuracies: (n,).
+        labels: (n, N).
+    """
+    p = guess(labels)
+    return accuracies <= p + 2 * (p * (1 - p) / labels.shape[1]).sqrt()

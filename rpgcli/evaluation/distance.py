@@ -78,3 +78,8 @@ def tau(zoo: Tensor) -> float | None:
     """
     median = float(zoo.quantile(0.5)) if len(zoo) else 0.0
     return median if median > 0 else None
+
+
+def extent(zoo: Tensor) -> float:
+    """How far a zoo's networks, (B, P), lie from their mean: the root of the mean square distance."""
+    return float(zoo.var(0, correction=0).sum(dtype=torch.float64).sqrt())

@@ -81,6 +81,9 @@ def nearest(similarity: Tensor, *, same: bool = False) -> Tensor:
 def minimal_similarity(iou: Tensor) -> float:
     """The paper's minimal similarity, as we read p-diff's Tab. 12: of the most novel generated network.
 
+    Of the table's rows, p-diff is the generated group, AE+KDE the group `latent-kde`, and VAE the group
+    `latent-gaussian` of a run whose autoencoder is a `vae`.
+
     Args:
         iou: Error IoU of generated networks with originals, (A, B). The highest in a row says how close that network
             is to an original; the smallest of these is returned.

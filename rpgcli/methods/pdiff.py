@@ -12,23 +12,31 @@ Letters: B networks, K checkpoints, P parameters, Z = latent_dim, C features, M 
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import torch
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from rpgcli import rng
-from rpgcli.autoencoder import Autoencoder, AutoencoderConfig, ConvAutoencoderConfig, LatentScale, NoisyAutoencoder
+from rpgcli.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    ConvAutoencoderConfig,
+    LatentScale,
+    NoisyAutoencoder,
+    noise,
+)
 from rpgcli.conditions import Condition, ConditionKind, ConditionNet, Levels, asked_of, check_levels
 from rpgcli.config import Config
 from rpgcli.denoisers import DenoiserConfig
 from rpgcli.denoisers.mlp import MlpDenoiserConfig
 from rpgcli.diffusion import Diffusion, DiffusionConfig
 from rpgcli.errors import ArtifactError, RpgError
+from rpgcli.ranks import ALONE, Ranks
 from rpgcli.samplers import DdimConfig, SelectionConfig, sample
 from rpgcli.tokens import TokenStore
-from rpgcli.training import TrainingConfig
+from rpgcli.training import TrainingConfig, check_norm, loader, parts_of
 
 AT_ONCE = 2**25
 """Parameters that are encoded together."""
@@ -56,8 +64,7 @@ class AutoencoderStageConfig(Config):
 
     @model_validator(mode="after")
     def _parts_are_exact(self) -> Self:
-        if self.micro_batch is not None and getattr(self.network, "norm", None) == "batch":
-            raise ValueError("micro_batch and norm: batch do not go together: the norm would mix each part by itself")
+        check_norm(self.micro_batch, self.network)
         return self
 
 
@@ -78,10 +85,17 @@ class LatentDiffusionConfig(Config):
     """The network that denoises a latent."""
     diffusion: DiffusionConfig = DiffusionConfig(schedule="cosine")
     """Noise schedule and target."""
+    micro_batch: PositiveInt | None = None
+    """Networks that pass at once; a step sums the gradients of as many as its batch needs. Default: all."""
     training: TrainingConfig = TrainingConfig(num_steps=2000, batch_size=64, learning_rate=2e-3, ema_decay=0.995)
     """Steps, rates, average."""
     selection: SelectionConfig = SelectionConfig()
     """How sampler, steps and temperature are chosen on validation tasks, where the condition is the task."""
+
+    @model_validator(mode="after")
+    def _parts_are_exact(self) -> Self:
+        check_norm(self.micro_batch, self.denoiser)
+        return self
 
 
 # --- the autoencoder --------------------------------------------------------------------------------------------------
@@ -130,28 +144,43 @@ def build_autoencoder(config: AutoencoderStageConfig, num_parameters: int) -> Au
         return config.network.build(num_parameters)
 
 
+class Vector(NamedTuple):
+    """b networks with their noise: a part of a batch."""
+
+    x: Tensor  # (b, P)
+    eps_x: Tensor  # (b, P)
+    eps_z: Tensor  # (b, Z)
+    share: float  # of the batch
+
+
 def autoencoder_loss(
     model: NoisyAutoencoder,
     config: AutoencoderStageConfig,
     vectors: Vectors,
     known: Sequence[int],
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Callable[[int], Iterator[Tensor]]:
-    """The loss of step s in micro-batches: checkpoints and noise are drawn from streams named by s."""
+    """The loss of step s in this rank's parts: checkpoints and noise are drawn from streams named by s."""
     size = min(config.training.batch_size, len(known))
     held = torch.tensor(known)
     matrix = (
         vectors.rows(known) if len(known) * vectors.num_parameters <= AT_ONCE else None
     )  # Small zoos stay in memory.
+    parts = parts_of(size, config.micro_batch, ranks)
 
-    def loss(step: int) -> Iterator[Tensor]:
+    def draw(step: int) -> Iterator[Vector]:
         batch = torch.randperm(len(known), generator=rng.stream(config.seed, "batch", step))[:size]  # (B,)
         generator = rng.stream(config.seed, "noise", step)
-        for part in batch.split(config.micro_batch or size):
-            x = matrix[part] if matrix is not None else vectors.rows(held[part].tolist())  # (b, P)
-            yield model.loss(x.to(device), generator) * (len(part) / size)
+        for _ in range(parts[0].start):  # The ranks before this one draw theirs; vector by vector takes no memory.
+            noise(torch.empty(1, vectors.num_parameters), model.latent_dim, generator)
+        for part in parts:
+            chosen = batch[part]
+            x = matrix[chosen] if matrix is not None else vectors.rows(held[chosen].tolist())  # (b, P)
+            yield Vector(x, *noise(x, model.latent_dim, generator), share=len(chosen) / size)
 
-    return loss
+    load = loader(draw, device, config.training.num_steps)
+    return lambda step: (model.loss_at(part.x, part.eps_x, part.eps_z) * part.share for part in load(step))
 
 
 @torch.no_grad()
@@ -225,29 +254,47 @@ def features_of(store: TokenStore, condition: Condition | None) -> Tensor | None
     return condition.features([asked_of(c) for c in store.checkpoints]) if condition is not None else None
 
 
+class Latents(NamedTuple):
+    """b latents with their noise: a part of a batch."""
+
+    row: Tensor  # (b,) which of the K latents
+    features: Tensor | None  # (b, C) of the condition
+    t: Tensor  # (b,)
+    eps: Tensor  # (b, Z)
+
+
 def diffusion_loss(
     model: LatentDiffusion,
     config: LatentDiffusionConfig,
     latents: Tensor,
     features: Tensor | None,
     device: torch.device,
-) -> Callable[[int], Tensor]:
-    """The loss of step s: latents and noise are drawn from streams named by s."""
+    ranks: Ranks = ALONE,
+) -> Callable[[int], Iterator[Tensor]]:
+    """The loss of step s in this rank's parts: latents and noise are drawn from streams named by s."""
     x = model.scale.standardise(latents.to(device))  # (K, Z)
-    mask = model.mask
+    mask, batch_size = model.mask, config.training.batch_size
+    num_learned = batch_size * int(mask.sum())
+    parts = parts_of(batch_size, config.micro_batch, ranks)
 
-    def loss(step: int) -> Tensor:
+    def draw(step: int) -> Iterator[Latents]:
         stream = rng.stream(config.seed, "batch", step)
-        batch = torch.randint(len(x), (config.training.batch_size,), generator=stream)  # (B,)
+        batch = torch.randint(len(x), (batch_size,), generator=stream)  # (B,)
         f = None
         if features is not None:
-            kept = torch.rand(len(batch), 1, generator=stream) >= config.condition_dropout
-            f = (features[batch] * kept).to(device)  # (B, C)
-        c = model.prototypes(f, batch)[:, 0]  # (B, M)
-        generator = rng.stream(config.seed, "noise", step)
-        return model.diffusion.loss(model.denoiser, x[batch.to(device)], c, mask.expand(len(batch), -1), generator)
+            kept = torch.rand(batch_size, 1, generator=stream) >= config.condition_dropout
+            f = features[batch] * kept  # (B, C)
+        t, eps = model.diffusion.draw((batch_size, x.shape[1]), rng.stream(config.seed, "noise", step))
+        for part in parts:
+            yield Latents(batch[part], None if f is None else f[part], t[part], eps[part])
 
-    return loss
+    def loss(part: Latents) -> Tensor:
+        c = model.prototypes(part.features, part.row)[:, 0]  # (b, M)
+        x_0, own = x[part.row], mask.expand(len(part.row), -1)  # (b, Z)
+        return model.diffusion.loss_at(model.denoiser, x_0, c, own, part.t, part.eps, num_learned)
+
+    load = loader(draw, device, config.training.num_steps)
+    return lambda step: map(loss, load(step))
 
 
 # --- has it learned? --------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """Trivial generators of zoos without tasks: what a learned one has to beat.
 
-Each draws one network from the seen checkpoints, in the coordinates that a learned generator sees.
+Each draws one network from the seen checkpoints, in the coordinates that a learned generator sees: those of the tokens,
+so hidden units are aligned where the tokens are. The raw generators are those of tokens with `align: none`.
 
     average                   the mean of all checkpoints
+    average-trunk             the same, but its last layer drawn as at initialisation
     soup-4, soup-16           the mean of so many, drawn without replacement
     interpolation             a point between two checkpoints
     gaussian                  every coordinate by itself
@@ -42,6 +44,15 @@ class Rows(Protocol):
     def __getitem__(self, i: int, /) -> Tensor: ...
 
 
+Fresh = Callable[[torch.Generator], Tensor]
+"""A newly initialised last layer: the last p coordinates of a network, (p,)."""
+
+
+def no_layer(generator: torch.Generator) -> Tensor:
+    """Where nobody knows which coordinates are the last layer's: none."""
+    return torch.zeros(0)
+
+
 @dataclass(frozen=True)
 class Originals:
     """The seen checkpoints that networks are drawn from; nothing here ever changes them."""
@@ -51,6 +62,8 @@ class Originals:
     """What 1 of a raw weight is in the coordinates of the rows, (P,); 1 where they are raw."""
     relative: Tensor | float = 1.0
     """What the deviation of a coordinate's tensor is in them, (P,)."""
+    fresh: Fresh = no_layer
+    """The last layer as at initialisation."""
 
     @property
     def num_rows(self) -> int:
@@ -108,6 +121,16 @@ Draw = Callable[[Originals, torch.Generator], Tensor]
 def average(originals: Originals, generator: torch.Generator) -> Tensor:
     """The mean of all, whatever the generator."""
     return originals.combine(torch.full((originals.num_rows,), 1 / originals.num_rows))
+
+
+def average_trunk(originals: Originals, generator: torch.Generator) -> Tensor:
+    """The mean of all with a new last layer: what the trunk is worth by itself."""
+    return with_last_layer(originals.mean_and_deviation[0], originals.fresh(generator))
+
+
+def with_last_layer(x: Tensor, layer: Tensor) -> Tensor:
+    """A copy of a network, (P,), whose last coordinates are those of `layer`, (p,)."""
+    return torch.cat([x[: len(x) - len(layer)], layer])
 
 
 def soup(originals: Originals, generator: torch.Generator, *, size: int) -> Tensor:
@@ -174,6 +197,7 @@ def kernel_density(originals: Originals, generator: torch.Generator) -> Tensor:
 GENERATORS: Mapping[str, Draw] = MappingProxyType(
     {
         "average": average,
+        "average-trunk": average_trunk,
         "soup-4": partial(soup, size=4),
         "soup-16": partial(soup, size=16),
         "interpolation": interpolation,
@@ -255,4 +279,26 @@ def from_store(store: TokenStore) -> Originals:
         (s.double().square().mean() + m.double().var(correction=0)).sqrt().float().expand(len(m))
         for m, s in zip(raw_mean.split(sizes), raw_deviation.split(sizes))
     ]
-    return Originals(rows, absolute=1 / scale, relative=torch.cat(pooled) / scale)
+    return Originals(rows, absolute=1 / scale, relative=torch.cat(pooled) / scale, fresh=last_layer(store))
+
+
+def last_layer(store: TokenStore) -> Fresh:
+    """Draws the last layer of a store's networks as torch initialises linear, convolutional and norm layers.
+
+    Weights and biases of the first two are uniform within 1 / sqrt(fan-in); a norm layer scales by 1 and adds 0.
+    """
+    last = store.layout.generated[-1].name.rpartition(".")[0]
+    specs = [spec for spec in store.layout.generated if spec.name.rpartition(".")[0] == last]
+    fan_in = max(math.prod(spec.shape[1:]) for spec in specs)
+    is_norm = all(len(spec.shape) == 1 for spec in specs)
+
+    def draw(generator: torch.Generator) -> Tensor:
+        state = store.state(0)
+        for spec in specs:
+            value = (2 * torch.rand(spec.shape, generator=generator) - 1) / math.sqrt(fan_in)
+            if is_norm:
+                value = torch.full(spec.shape, float(not spec.name.endswith(("bias", "mean"))))
+            state[spec.name] = value.to(state[spec.name].dtype)
+        return store.vector_of(state)[-sum(spec.numel for spec in specs) :]
+
+    return draw

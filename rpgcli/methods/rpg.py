@@ -9,11 +9,11 @@ The core runs once per network: its prototypes serve every diffusion step and ev
 Letters: B networks, L tokens, D = token_dim, M = d_model, K = B * L tokens in one batch (or the subset drawn of them).
 """
 
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from typing import Annotated, NamedTuple, Self
 
 import torch
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from rpgcli import rng
@@ -34,9 +34,10 @@ from rpgcli.denoisers import DenoiserConfig
 from rpgcli.denoisers.mlp import MlpDenoiserConfig
 from rpgcli.diffusion import Diffusion, DiffusionConfig
 from rpgcli.positions import PositionKind, position_embedding
+from rpgcli.ranks import ALONE, Ranks
 from rpgcli.samplers import SelectionConfig
 from rpgcli.tokens import TokenStore
-from rpgcli.training import TrainingConfig
+from rpgcli.training import TrainingConfig, check_norm, loader, parts_of
 
 
 class RpgConfig(Config):
@@ -48,6 +49,8 @@ class RpgConfig(Config):
     """Position embedding: tensor and token number (`2d`), running number, learned, or none."""
     condition: ConditionKind = "auto"
     """What enters every token; `auto`: the task bits where the zoo has them."""
+    d_condition: PositiveInt | None = None
+    """Hidden width of the condition's network; by default d_model. The release uses 1024 for tasks."""
     levels: Annotated[Levels, AfterValidator(check_levels)] = ()
     """Ranges of validation accuracy that `accuracy-level` tells apart: [[0.5, 0.7], [0.9, 1]]."""
     state: StateKind = "run"
@@ -62,8 +65,15 @@ class RpgConfig(Config):
     """Steps, rates, average."""
     tokens_per_step: PositiveInt | None = None
     """Tokens denoised in a step, drawn from all of the batch; the core always sees whole networks. Default: all."""
+    micro_batch: PositiveInt | None = None
+    """Networks that pass at once; a step sums the gradients of as many as its batch needs. Default: all."""
     selection: SelectionConfig = SelectionConfig()
     """How sampler, steps and temperature are chosen, on validation tasks."""
+
+    @model_validator(mode="after")
+    def _parts_are_exact(self) -> Self:
+        check_norm(self.micro_batch, self.denoiser)
+        return self
 
 
 class RPG(nn.Module):
@@ -96,7 +106,7 @@ class RPG(nn.Module):
             self.register_parameter("position", nn.Parameter(position))
         else:
             self.register_buffer("position", position)
-        self.condition = ConditionNet(num_features, d_model) if num_features else None
+        self.condition = ConditionNet(num_features, d_model, config.d_condition) if num_features else None
         self.state = nn.Embedding(num_states, d_model) if num_states > 1 else None
         self.core = config.core.build()
         self.denoiser = config.denoiser.build(token_dim, self.core.out_dim)
@@ -121,27 +131,10 @@ class RPG(nn.Module):
             e = e + self.state(state.clamp(min=0))[:, None] * (state >= 0)[:, None, None]
         return self.core(e)  # type: ignore[no-any-return]
 
-    def loss(
-        self,
-        x_0: Tensor,
-        mask: Tensor,
-        features: Tensor | None,
-        state: Tensor | None,
-        token: Tensor,
-        generator: torch.Generator,
-    ) -> Tensor:
-        """Diffusion loss of some tokens of B networks.
-
-        Args:
-            x_0: Standardised tokens, (K, D).
-            mask: Their learned slots, (K, D).
-            features: Condition of the B networks.
-            state: Their permutation states.
-            token: Which of the B * L tokens these are, (K,).
-            generator: Noise and times.
-        """
-        c = self.prototypes(features, state).flatten(0, 1)[token]  # (K, M)
-        return self.diffusion.loss(self.denoiser, x_0, c, mask, generator)
+    def loss(self, part: "Tokens") -> Tensor:
+        """Diffusion loss of some tokens of B networks."""
+        c = self.prototypes(part.features, part.state).flatten(0, 1)[part.token]  # (K, M)
+        return self.diffusion.loss_at(self.denoiser, part.x_0, c, part.mask, part.t, part.eps, part.num_learned)
 
 
 def build(config: RpgConfig, store: TokenStore, condition: Condition | None) -> RPG:
@@ -156,30 +149,60 @@ def build(config: RpgConfig, store: TokenStore, condition: Condition | None) -> 
         )  # fmt: skip
 
 
+class Tokens(NamedTuple):
+    """Some tokens of B networks, K of them, with their noise: a part of a batch."""
+
+    x_0: Tensor  # (K, D) standardised
+    mask: Tensor  # (K, D) learned slots
+    features: Tensor | None  # (B, C) of the condition
+    state: Tensor  # (B,) permutation states
+    token: Tensor  # (K,) which of the B * L tokens these are
+    t: Tensor  # (K,)
+    eps: Tensor  # (K, D)
+    num_learned: int  # Slots in the whole batch
+
+
 def make_loss(
-    model: RPG, config: RpgConfig, store: TokenStore, condition: Condition | None, device: torch.device
-) -> Callable[[int], Tensor]:
-    """The loss of step s: a batch of checkpoints, some of their tokens, noise, all drawn from streams named by s."""
+    model: RPG,
+    config: RpgConfig,
+    store: TokenStore,
+    condition: Condition | None,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+) -> Callable[[int], Iterator[Tensor]]:
+    """The loss of step s: a batch of checkpoints, some of their tokens, noise, all drawn from streams named by s.
+
+    It comes in parts, of which this rank's are given; only their tokens are read.
+    """
     num_tokens = store.layout.num_tokens
     batch_size = config.training.batch_size
     states = state_indices(store.checkpoints, config.state)
     features = condition.features([asked_of(c) for c in store.checkpoints]) if condition is not None else None
 
-    learned = store.statistics.varies.any(1).nonzero().flatten()  # Tokens of frozen tensors teach nothing.
+    varies = store.statistics.varies  # (L, D)
+    num_varying = varies.sum(1)  # (L,)
+    learned = num_varying.nonzero().flatten()  # Tokens of frozen tensors teach nothing.
     candidates = (torch.arange(batch_size)[:, None] * num_tokens + learned).flatten()
+    parts = parts_of(batch_size, config.micro_batch, ranks)
 
-    def loss(step: int) -> Tensor:
+    def draw(step: int) -> Iterator[Tokens]:
         batch = torch.randint(len(store), (batch_size,), generator=rng.stream(config.seed, "batch", step))  # (B,)
         token = candidates  # (K,)
         if config.tokens_per_step is not None and config.tokens_per_step < len(token):
             drawn = torch.randperm(len(token), generator=rng.stream(config.seed, "tokens", step))
             token = token[drawn[: config.tokens_per_step]]
-        row = token % num_tokens
-        x_0 = store.rows(batch[token // num_tokens], row)  # (K, D)
-        return model.loss(
-            x_0.to(device, non_blocking=True), store.statistics.varies[row].to(device),
-            None if features is None else features[batch].to(device), states[batch].to(device), token.to(device),
-            rng.stream(config.seed, "noise", step),
-        )  # fmt: skip
+        network, row = token // num_tokens, token % num_tokens
+        stream = rng.stream(config.seed, "noise", step)
+        t, eps = model.diffusion.draw((len(token), store.layout.token_dim), stream)  # (K,), (K, D)
+        num_learned = int(num_varying[row].sum())
+        for part in parts:
+            inside = (network >= part.start) & (network < part.stop)  # (K,)
+            here = slice(None) if inside.all() else inside.nonzero().flatten()
+            yield Tokens(
+                store.rows(batch[network[here]], row[here]), varies[row[here]],
+                None if features is None else features[batch[part]], states[batch[part]],
+                token[here] - part.start * num_tokens, t[here], eps[here], num_learned,
+            )  # fmt: skip
 
-    return loss
+    load = loader(draw, device, config.training.num_steps)
+    return lambda step: map(model.loss, load(step))

@@ -12,9 +12,10 @@ from rpgcli.targets.base import Size, Target, prepare
 from rpgcli.targets.cnn import CnnConfig
 from rpgcli.targets.convnet3 import ConvNet3Config
 from rpgcli.targets.mlp3 import Mlp3Config
+from rpgcli.targets.rpg_cnn import RpgCnnConfig
 from rpgcli.targets.timm_model import TimmConfig, import_timm, suggest, timm_names
 
-Family = CnnConfig | ConvNet3Config | Mlp3Config
+Family = CnnConfig | ConvNet3Config | Mlp3Config | RpgCnnConfig
 TargetConfig = Annotated[Family | TimmConfig, Field(discriminator="kind")]
 
 FAMILIES: dict[str, type[Family]] = {config.model_fields["kind"].default: config for config in get_args(Family)}
@@ -25,6 +26,7 @@ __all__ = [
     "CnnConfig",
     "ConvNet3Config",
     "Mlp3Config",
+    "RpgCnnConfig",
     "Size",
     "Target",
     "TargetConfig",

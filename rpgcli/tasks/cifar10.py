@@ -17,6 +17,7 @@ class Cifar10Config(TorchvisionConfig):
     expected: ClassVar[str] = (
         "the folder cifar-10-batches-py of cifar-10-python.tar.gz (www.cs.toronto.edu/~kriz/cifar.html)"
     )
+    num_images: ClassVar[tuple[int, int]] = (50_000, 10_000)
 
     kind: Literal["cifar10"] = "cifar10"
 

@@ -17,6 +17,8 @@ class Cifar100Config(TorchvisionConfig):
     expected: ClassVar[str] = (
         "the folder cifar-100-python of cifar-100-python.tar.gz (www.cs.toronto.edu/~kriz/cifar.html)"
     )
+    num_images: ClassVar[tuple[int, int]] = (50_000, 10_000)
+    num_classes: ClassVar[int] = 100
 
     kind: Literal["cifar100"] = "cifar100"
 

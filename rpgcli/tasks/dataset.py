@@ -87,6 +87,14 @@ class BaseDatasetConfig(Config):
             DataError: If the files are missing, corrupt, or something else.
         """
 
+    def outline(self, data_root: Path | None) -> Dataset:
+        """What `load` would give, for a plan: where the numbers are known before, images on `meta` and labels all 0.
+
+        Raises:
+            DataError: If they are not known and the files are missing.
+        """
+        return self.load(data_root, False)
+
 
 class OfficialSplitConfig(BaseDatasetConfig):
     """A data set with an official test part; validation images are drawn from its official training part."""
@@ -115,6 +123,12 @@ class OfficialSplitConfig(BaseDatasetConfig):
             validation=train.take(validation),
             test=test.take(order[: self.max_test]),
         )
+
+
+def blank(num_images: int, channels: int, height: int, width: int) -> Images:
+    """Images without memory."""
+    pixels = torch.empty(num_images, channels, height, width, dtype=torch.uint8, device="meta")
+    return Images(pixels, torch.zeros(num_images, dtype=torch.int64))
 
 
 def missing(name: str, folders: Iterable[Path], expected: str, *advice: str) -> DataError:

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt
 
 from rpgcli import rng
 from rpgcli.errors import DataError
-from rpgcli.tasks.dataset import BaseDatasetConfig, Dataset, Images, contents
+from rpgcli.tasks.dataset import BaseDatasetConfig, Dataset, Images, blank, contents
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 EXPECTED = f"one sub-folder for each class, with its {', '.join(sorted(SUFFIXES))} images"
@@ -27,6 +27,10 @@ class FolderConfig(BaseDatasetConfig):
     """Share of all images that is kept for validation."""
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share of all images that is kept for the test."""
+    num_classes: PositiveInt | None = None
+    """Sub-folders that there must be; with `num_images` a plan needs no folder."""
+    num_images: PositiveInt | None = None
+    """About how many images there are, for a plan without the folder."""
 
     def where(self, data_root: Path | None) -> Path | None:
         """`data_root`, if it has two classes at least."""
@@ -34,18 +38,7 @@ class FolderConfig(BaseDatasetConfig):
 
     def load(self, data_root: Path | None = None, download: bool = False) -> Dataset:
         """Read, resize and split all images; `download` is ignored. See `BaseDatasetConfig.load`."""
-        if data_root is None:
-            raise DataError(
-                "the data set 'folder' needs to know which folder.", f"Expected: {EXPECTED}.", "Pass --data-root DIR."
-            )
-        folders = _classes(data_root)
-        if len(folders) < 2:
-            what = (
-                f"only one class of images, {folders[0].name}"
-                if folders
-                else f"no classes of images: {contents(data_root)}"
-            )
-            raise DataError(f"{data_root} has {what}.", f"Expected: {EXPECTED}; two at least.", "Pass --data-root DIR.")
+        folders = self._folders(data_root)
         files = [(file, label) for label, folder in enumerate(folders) for file in _images(folder)]
         images = Images(
             pixels=torch.stack([self._read(file) for file, _ in files]),  # (N, C, H, W)
@@ -68,6 +61,41 @@ class FolderConfig(BaseDatasetConfig):
             validation=images.take(order[:validation]),
             test=images.take(order[validation : validation + test]),
         )
+
+    def outline(self, data_root: Path | None) -> Dataset:
+        """Counted, or without a folder as the recipe says; see `BaseDatasetConfig.outline`."""
+        if data_root is None and self.num_classes is not None and self.num_images is not None:
+            classes, total = tuple(str(i) for i in range(self.num_classes)), self.num_images
+        else:
+            folders = self._folders(data_root)
+            classes, total = tuple(folder.name for folder in folders), sum(len(_images(folder)) for folder in folders)
+        validation, test = (math.ceil(total * f) for f in (self.validation_fraction, self.test_fraction))
+        parts = (
+            blank(num, self.channels, self.size, self.size) for num in (total - validation - test, validation, test)
+        )
+        return Dataset("folder", classes, next(parts), next(parts), next(parts))
+
+    def _folders(self, data_root: Path | None) -> list[Path]:
+        """One for each class."""
+        if data_root is None:
+            raise DataError(
+                "the data set 'folder' needs to know which folder.", f"Expected: {EXPECTED}.", "Pass --data-root DIR."
+            )
+        folders = _classes(data_root)
+        if len(folders) < 2:
+            what = (
+                f"only one class of images, {folders[0].name}"
+                if folders
+                else f"no classes of images: {contents(data_root)}"
+            )
+            raise DataError(f"{data_root} has {what}.", f"Expected: {EXPECTED}; two at least.", "Pass --data-root DIR.")
+        if self.num_classes not in (None, len(folders)):
+            raise DataError(
+                f"{data_root} has {len(folders)} classes of images, but dataset.num_classes is {self.num_classes}.",
+                f"Expected: {EXPECTED}.",
+                "Pass --data-root DIR with the folder that holds the classes themselves.",
+            )
+        return folders
 
     def _read(self, path: Path) -> torch.Tensor:
         """One image as (C, H, W) uint8."""

@@ -15,6 +15,8 @@ class Stl10Config(TorchvisionConfig):
     reader: ClassVar[str] = "STL10"
     files: ClassVar[tuple[str, ...]] = ("stl10_binary",)
     expected: ClassVar[str] = "the folder stl10_binary of stl10_binary.tar.gz (ai.stanford.edu/~acoates/stl10)"
+    num_images: ClassVar[tuple[int, int]] = (5000, 8000)
+    shape: ClassVar[tuple[int, int, int]] = (3, 96, 96)
 
     kind: Literal["stl10"] = "stl10"
     num_validation: PositiveInt = 500

@@ -14,6 +14,7 @@ class SvhnConfig(TorchvisionConfig):
     reader: ClassVar[str] = "SVHN"
     files: ClassVar[tuple[str, ...]] = ("train_32x32.mat", "test_32x32.mat")
     expected: ClassVar[str] = "train_32x32.mat and test_32x32.mat (ufldl.stanford.edu/housenumbers)"
+    num_images: ClassVar[tuple[int, int]] = (73_257, 26_032)
 
     kind: Literal["svhn"] = "svhn"
 

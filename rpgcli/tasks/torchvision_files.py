@@ -17,7 +17,7 @@ import numpy as np
 
 from rpgcli.errors import DataError
 from rpgcli.targets.torchvision_shim import import_torchvision
-from rpgcli.tasks.dataset import Dataset, Images, OfficialSplitConfig, check_images, missing
+from rpgcli.tasks.dataset import Dataset, Images, OfficialSplitConfig, blank, check_images, missing
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,12 @@ class TorchvisionConfig(OfficialSplitConfig):
     """Files or folders inside `data_root` without which the data set is missing."""
     expected: ClassVar[str]
     """What should lie in `data_root`, for messages."""
+    num_images: ClassVar[tuple[int, int]]
+    """Of the official training and test part; the files' checksums leave no other."""
+    shape: ClassVar[tuple[int, int, int]] = (3, 32, 32)
+    """Channels, height and width of an image."""
+    num_classes: ClassVar[int] = 10
+    """Of its labels."""
 
     @abstractmethod
     def classes(self, reader: Any) -> tuple[str, ...]:
@@ -61,6 +67,11 @@ class TorchvisionConfig(OfficialSplitConfig):
         classes = self.classes(train)
         images = (check_images(self.images(part), self.kind, len(classes), data_root) for part in (train, test))
         return self.split(self.kind, classes, *images)
+
+    def outline(self, data_root: Path | None) -> Dataset:
+        """Known without any file; see `BaseDatasetConfig.outline`."""
+        classes = tuple(str(i) for i in range(self.num_classes))
+        return self.split(self.kind, classes, *(blank(num, *self.shape) for num in self.num_images))
 
 
 def open_reader(reader: str, root: Path, download: bool, expected: str, **part: Any) -> Any:

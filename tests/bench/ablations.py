@@ -44,8 +44,8 @@ from rpgcli.evaluation.similarity import error_iou, nearest, pairs
 from rpgcli.generation import Generator, Request, Sampling
 from rpgcli.methods.pdiff import Vectors, encode
 from rpgcli.methods.resampling import Originals, kernel_density, network
-from rpgcli.models import read_autoencoder, read_model
-from rpgcli.pipeline import Run, run_collect, run_tokenize, run_train_ae, run_train_diffusion, sampling_of
+from rpgcli.models import read_autoencoder, read_model, sampling_of
+from rpgcli.pipeline import Run, run_collect, run_tokenize, run_train_ae, run_train_diffusion
 from rpgcli.problem import ProblemConfig, Split, State
 from rpgcli.recipe import Recipe, load, section
 from rpgcli.subsets import Tail
