@@ -878,7 +878,7 @@ def test_hostile_names_cannot_write_to_the_terminal(rpg, tmp_path):
     outcome = rpg("inspect", f"{tmp_path}/\x1b[31m\nnext: rpg", terminal=True)
     assert outcome.code == 3
     assert "\x1b[31m\n" not in outcome.err
-    assert "\\x1b" in outcome.err
+    assert "\\x1b" in re.sub(r"\x1b\[[0-9;]*m|[│\s]", "", outcome.err)  # The panel breaks long lines anywhere.
 
 
 # --- gates ------------------------------------------------------------------------------------------------------------
