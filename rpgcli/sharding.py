@@ -269,8 +269,7 @@ def _reports(blocks: Sequence[Block], on_step: OnStep) -> list[OnStep]:
 
     def scaled(before: int, size: int, step: Step) -> None:
         done = round(before + size * step.done / step.total)
-        unit = "network" if step.unit == "step" else step.unit
-        on_step(step if step.phase else Step(done, total, step.facts, unit=unit))
+        on_step(step if step.phase else Step(done, total, step.facts, unit="network"))
 
     sizes = [block.size for block in blocks]
     total = sum(sizes)

@@ -230,7 +230,7 @@ def task_measures(auditor: Auditor, config: EvaluateConfig, zoo: Zoo, judged: Gr
         settings = {
             "chosen": baseline.settings, "validation": baseline.validation, "seconds": round(baseline.seconds, 3),
         }  # fmt: skip
-        on_step(Step(1, 1, unit="generator"))
+        on_step(Step(1, 1))
         return Trivial(group, row.figures, settings=settings).to_json()
 
     names = [name for name, given in baselines.GENERATORS.items() if given(known, config.mlp, config.seed, silent)]
@@ -289,7 +289,7 @@ def question_measures(
         look = auditor.look(made[name])
         each = (time.perf_counter() - begun) / (len(look.seen) + len(look.failed))
         group, row = Group(name, "baseline", "all", look.test, look.tasks, each, look.failed), auditor.row(look)
-        on_step(Step(1, 1, unit="generator"))
+        on_step(Step(1, 1))
         return Trivial(group, row.figures, row.novelty).to_json()
 
     return {name: partial(measure, name) for name in made}
