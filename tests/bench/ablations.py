@@ -47,7 +47,7 @@ from rpgcli.methods.resampling import Originals, kernel_density, network
 from rpgcli.models import read_autoencoder, read_model, sampling_of
 from rpgcli.pipeline import Run, run_collect, run_tokenize, run_train_ae, run_train_diffusion
 from rpgcli.problem import ProblemConfig, Split, State
-from rpgcli.recipe import Recipe, load, section
+from rpgcli.recipe import Recipe, as_today, load, section
 from rpgcli.subsets import Tail
 from rpgcli.tokens import TokenStore
 from rpgcli.zoo import Zoo
@@ -340,8 +340,9 @@ def measure(bench: Bench, base: Artifact, cells: Sequence[Cell], repeat: int) ->
         recipe, folder = bench.recipe(cell.settings, repeat), bench.out / cell.name / f"repeat-{repeat}"
         made_from = recipe.to_json() | {"draw": cell.draw, "networks": bench.networks}
         with artifact.draft(
-            folder / "figures", "ablation", section=made_from, inputs={"base": base.id}, force=False, resume=True
-        ) as draft:
+            folder / "figures", "ablation", section=made_from, inputs={"base": base.id}, force=False, resume=True,
+            as_today=as_today,
+        ) as draft:  # fmt: skip
             done = draft.finished
             if done is None:
                 rig = rig or Rig(bench.zoo(recipe, base))

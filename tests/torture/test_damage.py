@@ -128,7 +128,8 @@ def test_a_stage_refuses_damaged_input_or_never_looked_at_it(
                 assert wrong or kind in ("swap", "stale file")  # Two files of equal content.
             else:
                 assert outcome.code == 3, outcome.err
-                assert tree(run) == before
+                now = {path: digest for path, digest in tree(run).items() if ".partial/" not in path}
+                assert now == before  # Groups that were judged before a damaged network was met may stay, unfinished.
                 record("stages that refused damaged input", 1, 1)
             shutil.rmtree(run)
 
