@@ -252,7 +252,10 @@ def normalise(state: State, groups: Sequence[Group]) -> tuple[dict[str, Tensor],
     for group in groups:
         entering = [axis.rows(tensors[axis.name]) for axis in group.axes if axis.power == 1]
         if entering:
-            norm = torch.cat(entering, 1).norm(dim=1)  # (n,)
+            rows = torch.cat(entering, 1)
+            norm = rows.norm(dim=1)  # (n,)
+            if not norm.isfinite().all():  # The squares are beyond float32, the norms are not.
+                norm = rows.double().norm(dim=1).float()
             norms[group.name] = torch.where(norm > 0, norm, 1)
             group.scale(tensors, 1 / norms[group.name])
     return tensors, norms

@@ -29,10 +29,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field, ValidationError
 from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rpgcli.config import Config
@@ -50,6 +51,13 @@ MAX_PROBLEMS = 1000
 """`verify` stops looking after so many."""
 MAX_HEADER_BYTES = 2**20
 """The header of a safetensors file with some 10,000 tensors; a larger one is refused unread."""
+DTYPES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3", torch.int16: "I16", torch.uint16: "U16", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.int32: "I32", torch.uint32: "U32", torch.float32: "F32", torch.complex64: "C64",
+    torch.float64: "F64", torch.int64: "I64", torch.uint64: "U64",
+}  # fmt: skip
+"""What safetensors calls them, the order that it keeps them in reversed."""
 STAGE = re.compile(r"[a-z][a-z-]{0,30}( --shard)?")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 """Names of files in an artifact: no folders, no dots at either end, nothing a shell or terminal could trip over."""
@@ -118,10 +126,10 @@ class Artifact:
         """64 hex digits, equal for equal content."""
         return self.manifest.identity()
 
-    @property
-    def facts(self) -> dict[str, Any]:
+    @cached_property
+    def facts(self) -> "Facts":
         """What the stage found out: counts, accuracies, choices."""
-        return self.manifest.facts
+        return Facts(self)
 
     @property
     def section(self) -> dict[str, Any]:
@@ -160,6 +168,20 @@ class Artifact:
     def json(self, name: str) -> Any:
         """The value of a listed JSON file."""
         return read_json(self.file(name))
+
+
+class Facts(dict[str, Any]):
+    """The facts of an artifact; one that is asked for and not there is what an older version did not write."""
+
+    def __init__(self, found: Artifact) -> None:
+        super().__init__(found.manifest.facts)
+        self.found = found
+
+    def __missing__(self, name: str) -> Any:
+        raise ArtifactError(
+            f"{self.found.path} says nothing of {name!r}: another version of rpg made it.",
+            _remake(self.found.manifest.stage),
+        )
 
 
 def read(path: Path, stage: str) -> Artifact:
@@ -321,6 +343,13 @@ class Draft:
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor], header: object = None) -> None:
         """Write a safetensors file; `header` becomes its single metadata entry."""
         write_tensors(self.path / name, tensors, header)
+        self.add(name)
+
+    @contextmanager
+    def saving_tensors(self, name: str, like: Mapping[str, Tensor]) -> Iterator[Callable[[str, Tensor], None]]:
+        """Write a safetensors file piece by piece, see `writing_tensors`."""
+        with writing_tensors(self.path / name, like) as append:
+            yield append
         self.add(name)
 
     def save_json(self, name: str, value: object, *, varies: bool = False) -> None:
@@ -494,18 +523,50 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: object = No
     Raises:
         RpgError: If it cannot be written, for instance on a full disk.
     """
-    flat: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, value in tensors.items():
-        own = value.detach().cpu().contiguous()
-        storage = own.untyped_storage().data_ptr()
-        flat[name] = own.clone() if storage in storages else own  # safetensors refuses tied tensors: each has a copy.
-        storages.add(storage)
-    num_bytes = sum(value.numel() * value.element_size() for value in flat.values())
-    with _replacing(path, num_bytes) as temporary:
-        save_file(flat, temporary, metadata={"rpg": canonical(header).decode()})
-        _open_up(temporary)
-        _sync(temporary)
+    with writing_tensors(path, tensors, header) as append:
+        for name, value in tensors.items():
+            append(name, value)
+
+
+@contextmanager
+def writing_tensors(
+    path: Path, like: Mapping[str, Tensor], header: object = None
+) -> Iterator[Callable[[str, Tensor], None]]:
+    """`write_tensors` piece by piece, so that no more than a piece is in memory.
+
+    Args:
+        path: Of the file; it is there once all is written.
+        like: Names, shapes and dtypes of the tensors; `meta` will do.
+        header: The metadata entry.
+
+    Yields:
+        `append(name, values)`: what comes next of a tensor, in its order and dtype. All must be filled in the end.
+    """
+    start, places, ends, entries = 0, {}, {}, {}
+    # Larger types first, so that each lies at a multiple of its size; then by name, whatever the order they come in.
+    for name, value in sorted(like.items(), key=lambda item: (-list(DTYPES).index(item[1].dtype), item[0])):
+        places[name], ends[name] = start, start + value.numel() * value.element_size()
+        entries[name] = {
+            "dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [start, ends[name]],
+        }  # fmt: skip
+        start = ends[name]
+    described = {"__metadata__": {"rpg": canonical(header).decode()}, **entries}
+    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with _replacing(path, 8 + len(text) + start) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+
+        def append(name: str, values: Tensor) -> None:
+            content = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            assert values.dtype == like[name].dtype and places[name] + content.nbytes <= ends[name], name
+            file.seek(8 + len(text) + places[name])
+            file.write(content.data)
+            places[name] += content.nbytes
+
+        yield append
+        assert places == ends, "a tensor is not whole"
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -693,12 +754,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _open_up(path: Path) -> None:
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
 
 
 def _remove(path: Path) -> None:

@@ -1,16 +1,20 @@
 """Generate: from a request to whole networks on disk.
 
-    Source --opened--> Maker --one Sample after another--> networks
+    Source --opened--> Maker --one Sample after another--> networks, each tensor by tensor
 
 A source is a trained model, or the tokens of a zoo and a trivial way of making networks. Sample i of seed S for
 a task draws from the stream named (S, task, i) and is computed by itself, so it does not depend on how many others are
 asked for, nor on their order.
 
-Letters: L tokens of a network, R rows of width D that are denoised together (RPG: the tokens; p-diff: one latent),
-M = width of a prototype.
+A model runs its core once for each network, and then takes one block of rows after another from noise to values: what
+is in memory beside the weights are the prototypes and one block, however large the network.
+
+Letters: L tokens of a network, R rows of width D that it is sampled as (RPG: the tokens; p-diff: one latent), r rows of
+one block, M = width of a prototype.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Protocol
 
@@ -27,12 +31,14 @@ from rpgcli.layout import Layout
 from rpgcli.methods import LEARNED, METHODS, SHORT
 from rpgcli.samplers import DdimConfig, Denoised, SamplerConfig
 from rpgcli.samplers import sample as denoise
-from rpgcli.tokens import Statistics, detokenize
+from rpgcli.tokens import Statistics, detokenized
 
 MANY = 20
 """Networks of a model without tasks, if nobody says how many: one would say nothing of its distribution."""
-KEPT_PROTOTYPES = 16
-"""Conditions whose prototypes are kept: a request draws its states in any order."""
+KEPT_BYTES = 2**28
+"""Of prototypes that are kept for other samples of their condition: a request draws its states in any order."""
+BLOCK_VALUES = 2**21
+"""Of the rows that are denoised together, 8 MiB; a block has noise of its own, so another size means other networks."""
 DENOISING = frozenset({"sampler", "num_steps", "temperature", "state"})
 """Settings that only a trained model reads."""
 
@@ -126,8 +132,8 @@ class Source:
 class Maker:
     """An opened source."""
 
-    make: Callable[[Sample], tuple[dict[str, Tensor], int]]
-    """The network that is asked for, and its permutation state (0 or -1 where there are none)."""
+    make: Callable[[Sample], tuple[Iterable[tuple[str, Tensor]], int]]
+    """The network that is asked for, tensor by tensor, and its permutation state (0 or -1 where there are none)."""
     facts: Mapping[str, Any]
     """`sampling` (of a trained model), and `settings` that were chosen on validation tasks."""
     training_seconds: float | None
@@ -143,7 +149,7 @@ class Model:
     mask: Tensor
     """What varies and is sampled, (R, D)."""
     decode: Callable[[Tensor], Tensor]
-    """Samples (B, R, D) to standardised tokens (B, L, token_dim)."""
+    """Samples (B, R, D) to standardised tokens (B, L, token_dim); of RPG any R, for one gives the other."""
     condition: Condition | None
     num_states: int
     layout: Layout
@@ -152,11 +158,17 @@ class Model:
 
 
 class Generator:
-    """Samples networks from a trained model."""
+    """Samples networks from a trained model.
 
-    def __init__(self, model: Model) -> None:
+    Args:
+        model: Trained.
+        dtype: Of matrix products and convolutions (autocast); the scan and the sampler's state stay float32.
+    """
+
+    def __init__(self, model: Model, dtype: torch.dtype = torch.float32) -> None:
         self.model = model
         self.device = model.mask.device
+        self.dtype = dtype
         self._prototypes: dict[tuple[Asked, int], Tensor] = {}
 
     def tokens(self, sample: Sample, sampling: Sampling, *, seed: int, state: str) -> tuple[Tensor, int]:
@@ -165,28 +177,46 @@ class Generator:
         Returns:
             Its standardised tokens, (L, token_dim) on the CPU, and its permutation state (-1: none).
         """
-        model, asked = self.model, sample.asked
-        generator = rng.stream(seed, "generate", asked.words, sample.index)
-        chosen = parse_state(state, model.num_states)
-        drawn = int(torch.randint(model.num_states, (), generator=generator))
+        blocks, chosen = self.blocks(sample, sampling, seed=seed, state=state)
+        return torch.cat(list(blocks)), chosen
+
+    def blocks(self, sample: Sample, sampling: Sampling, *, seed: int, state: str) -> tuple[Iterator[Tensor], int]:
+        """Sample one network, block after block.
+
+        Returns:
+            Its standardised tokens, (r, token_dim) on the CPU, in order, and its permutation state (-1: none).
+        """
+        name = (seed, "generate", sample.asked.words, sample.index)
+        generator = rng.stream(*name)
+        chosen = parse_state(state, self.model.num_states)
+        drawn = int(torch.randint(self.model.num_states, (), generator=generator))
         chosen = drawn if chosen is None else chosen
 
-        def noise() -> Tensor:
-            return torch.randn(model.mask.shape, generator=generator).to(self.device)  # (R, D)
+        def sampled() -> Iterator[Tensor]:
+            c = self.prototypes(sample.asked, chosen)  # (R, M)
+            for number, mask in enumerate(self.model.mask.split(rows_at_once(self.model.mask.shape[1]))):
+                # The first block goes on with the stream that the state was drawn from.
+                yield self.block(c, mask, sampling, generator if number == 0 else rng.stream(*name, number))
+                c = c[len(mask) :]
 
-        x_T = sampling.temperature * noise()  # (R, D)
-        c = self.prototypes(asked, chosen)  # (R, M)
-        x_0 = denoise(
-            model.method, c, x_T, model.mask, sampler=sampling.sampler, num_steps=sampling.num_steps, noise=noise
-        )  # (R, D)
-        return self._decoded(x_0[None])[0], chosen
+        return sampled(), chosen
+
+    def block(self, c: Tensor, mask: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+        """Standardised tokens, (r, token_dim) on the CPU, of what varies (r, D), from the first prototypes of c."""
+
+        def noise() -> Tensor:
+            return torch.randn(mask.shape, generator=generator).to(self.device)  # (r, D)
+
+        x_T = sampling.temperature * noise()  # (r, D)
+        return self._decoded(self._denoised(c[: len(mask)], x_T, mask, sampling, noise)[None])[0]
 
     @torch.no_grad()
     def prototypes(self, asked: Asked, state: int) -> Tensor:
         """Prototypes of one network, (R, M); kept, so that further samples of the same condition reuse them."""
         if (asked, state) not in self._prototypes:
-            c = self.model.method.prototypes(self.features([asked]), torch.tensor([state], device=self.device))[0]
-            if len(self._prototypes) == KEPT_PROTOTYPES:
+            with autocast(self.device, self.dtype):
+                (c,) = self.model.method.prototypes(self.features([asked]), torch.tensor([state], device=self.device))
+            if (1 + len(self._prototypes)) * c.nbytes > KEPT_BYTES and self._prototypes:
                 self._prototypes.pop(next(iter(self._prototypes)))  # The oldest.
             self._prototypes[asked, state] = c
         return self._prototypes[asked, state]
@@ -202,18 +232,30 @@ class Generator:
         Raises:
             RpgError: If it is not finite.
         """
+        self.model.layout.check_tokens(tokens)
+        return dict(self.tensors([tokens]))
+
+    def tensors(self, blocks: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of a network, each as soon as the blocks of standardised tokens (r, token_dim) hold all of it.
+
+        Raises:
+            RpgError: If one is not finite.
+        """
         model = self.model
-        state = detokenize(tokens, model.layout, model.statistics, model.constants)
-        for spec in model.layout.generated:
-            if not bool(state[spec.name].isfinite().all()):
+        learned = {spec.name for spec in model.layout.generated}
+        for name, value in detokenized(blocks, model.layout, model.statistics, model.constants):
+            if name in learned and not bool(value.isfinite().all()):
                 raise RpgError(
-                    f"a generated network has NaN or infinity in {spec.name}.",
+                    f"a generated network has NaN or infinity in {name}.",
                     "The model diverges when sampled: lower the temperature, take more steps, or train it longer.",
                 )
-        return state
+            yield name, value
 
     def batch(self, asked: Sequence[Asked], sampling: Sampling, *, seed: int) -> Tensor:
-        """One network for each at once, (B, L, token_dim) on the CPU: a quick look, equal to `tokens` to rounding."""
+        """One network for each at once, (B, L, token_dim) on the CPU: a quick look, equal to `tokens` to rounding.
+
+        That holds for networks of one block; larger ones get other noise of the same kind.
+        """
         drawn = [rng.stream(seed, "generate", one.words, 0) for one in asked]
         states = torch.tensor([int(torch.randint(self.model.num_states, (), generator=g)) for g in drawn])
         shape = self.model.mask.shape
@@ -222,17 +264,32 @@ class Generator:
             return torch.cat([torch.randn(shape, generator=g) for g in drawn]).to(self.device)  # (B * R, D)
 
         mask = self.model.mask.repeat(len(asked), 1)  # (B * R, D)
-        with torch.no_grad():
+        with torch.no_grad(), autocast(self.device, self.dtype):
             c = self.model.method.prototypes(self.features(asked), states.to(self.device))
-        x_0 = denoise(
-            self.model.method, c.flatten(0, 1), sampling.temperature * noise(), mask,
-            sampler=sampling.sampler, num_steps=sampling.num_steps, noise=noise,
-        )  # fmt: skip
+        x_0 = self._denoised(c.flatten(0, 1), sampling.temperature * noise(), mask, sampling, noise)
         return self._decoded(x_0.unflatten(0, (len(asked), -1)))
+
+    def _denoised(
+        self, c: Tensor, x_T: Tensor, mask: Tensor, sampling: Sampling, noise: Callable[[], Tensor]
+    ) -> Tensor:
+        with autocast(self.device, self.dtype):
+            return denoise(
+                self.model.method, c, x_T, mask, sampler=sampling.sampler, num_steps=sampling.num_steps, noise=noise
+            )
 
     @torch.no_grad()
     def _decoded(self, x_0: Tensor) -> Tensor:
         return self.model.decode(x_0).float().cpu()
+
+
+def rows_at_once(width: int) -> int:
+    """Rows r of a block."""
+    return max(1, BLOCK_VALUES // width)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Compute in `dtype` where that is safe; nothing changes for float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------

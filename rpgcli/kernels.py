@@ -137,18 +137,42 @@ def chunked_scan(
     Returns:
         (B, L, H, P) in the dtype of the computation.
     """
+    return _scan(x, dt, A, B, C, D, None, chunk_size, backend)[0]
+
+
+def scan_on(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor,
+    *, chunk_size: int | None = None, backend: ResolvedBackend = "torch",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`chunked_scan` of a sequence that goes on from a state (B, H, P, N); also returns the state at its end."""
+    y, end = _scan(x, dt, A, B, C, D, state, chunk_size, backend)
+    assert end is not None
+    return y, end
+
+
+def _scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor | None,
+    chunk_size: int | None, backend: ResolvedBackend,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     dtype = torch.promote_types(x.dtype, torch.float32)
     x, dt, A, B, C, D = (value.to(dtype) for value in (x, dt, A, B, C, D))
     with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):  # `meta` knows no autocast.
         if backend == "cuda":
             kernel = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
-            y: Tensor = kernel(x, dt, A, B, C, chunk_size=chunk_size or CUDA_CHUNK_SIZE, D=D)
-            return y
-        return _chunked_scan(x, dt, A, B, C, chunk_size or TORCH_CHUNK_SIZE) + x * D[:, None]
+            more = {} if state is None else {"initial_states": state.to(dtype), "return_final_states": True}
+            found = kernel(x, dt, A, B, C, chunk_size=chunk_size or CUDA_CHUNK_SIZE, D=D, **more)
+            return found if more else (found, None)
+        y, end = _chunked_scan(x, dt, A, B, C, chunk_size or TORCH_CHUNK_SIZE, state)
+        return y + x * D[:, None], end
 
 
-def _chunked_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> Tensor:
-    """Mamba-2 Listing 1 without the skip. For a short sequence one chunk is all there is: the quadratic form."""
+def _chunked_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, start: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Mamba-2 Listing 1 without the skip. For a short sequence one chunk is all there is: the quadratic form.
+
+    The state at the end is computed where one at the start (B, H, P, N) is given.
+    """
     length, num_groups = x.shape[1], B.shape[2]
     Q = min(chunk_size, length)
     padding = -length % Q
@@ -170,7 +194,8 @@ def _chunked_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_
     read   = (C @ B.mT)[:, :, :, None] * decay                                                 # (B, chunks, G, R, Q, Q)
     y: Tensor = (read @ x.transpose(3, 4)).transpose(3, 4)                                     # (B, chunks, G, Q, R, P)
 
-    if length > Q:
+    end = None
+    if length > Q or start is not None:
         # 2. What each chunk adds to the state at its end.
         left  = (a[..., -1:] - a).exp().mT[..., None]                                          # (B, chunks, G, Q, R, 1)
         added = (B.mT @ (x * left).flatten(4)).unflatten(-1, x.shape[4:])                      # (B, chunks, G, N, R, P)
@@ -179,9 +204,13 @@ def _chunked_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_
         # 3. The state before each chunk. A loop of L / Q cheap steps: the listing's matrix over pairs of chunks is
         #    quadratic in L. `unbind`, because the backward of indexing fills a tensor of all chunks for each of them.
         state, before = torch.zeros_like(added[:, 0]), []
+        if start is not None:
+            state = start.to(x.dtype).unflatten(1, (num_groups, -1)).permute(0, 1, 4, 2, 3)            # (B, G, N, R, P)
         for kept_c, added_c in zip(kept.unbind(1), added.unbind(1), strict=True):
             before.append(state)
             state = torch.addcmul(added_c, kept_c, state)                                      # (B, G, N, R, P)
+        if start is not None:
+            end = state.permute(0, 1, 3, 4, 2).flatten(1, 2)                                   # (B, H, P, N)
 
         # 4. What each position reads from the state before its chunk.
         found = (C @ torch.stack(before, dim=1).flatten(4)).unflatten(-1, x.shape[4:])         # (B, chunks, G, Q, R, P)
@@ -189,7 +218,7 @@ def _chunked_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_
 
     y = y.transpose(2, 3).flatten(3, 4).flatten(1, 2)                                          # (B, chunks * Q, H, P)
     # fmt: on
-    return y[:, :length]
+    return y[:, :length], end
 
 
 def scan_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ Letters: L = num_tokens, D = token_dim, P = num_parameters generated.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -113,6 +114,11 @@ class Layout:
         """Tokens L of one checkpoint."""
         return sum(segment.num_tokens for segment in self.segments)
 
+    @cached_property
+    def _starts(self) -> tuple[int, ...]:
+        """Of each generated tensor the number of its first value."""
+        return tuple(accumulate((spec.numel for spec in self.generated), initial=0))
+
     def indices(self) -> tuple[Tensor, Tensor]:
         """Tensor number and token number inside the tensor, (L,) each: what a position embedding encodes."""
         tensor = torch.cat([torch.full((s.num_tokens,), i) for i, s in enumerate(self.segments)])
@@ -134,21 +140,57 @@ class Layout:
         """
         if flat.shape[-1] != self.num_parameters:
             raise LayoutError(f"{flat.shape[-1]} values do not fit a layout of {self.num_parameters}.")
-        rows = []
-        for s in self.segments:
-            values = flat[..., s.start : s.start + s.numel]
-            values = F.pad(values, (0, s.num_tokens * s.width - s.numel)).unflatten(-1, (s.num_tokens, s.width))
-            rows.append(F.pad(values, (0, self.token_dim - s.width)))
-        return torch.cat(rows, -2)
+        rows = Rows(self)
+        return torch.cat([rows.add(values) for values in flat.split([spec.numel for spec in self.generated], -1)], -2)
 
     def ungrid(self, tokens: Tensor) -> Tensor:
         """Inverse of `grid`: (..., L, D) to (..., P); padding is ignored."""
+        self.check_tokens(tokens)
+        return torch.cat([tokens[..., s.tokens, : s.width].flatten(-2)[..., : s.numel] for s in self.segments], -1)
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise a LayoutError unless `tokens` is (..., L, D)."""
         if tuple(tokens.shape[-2:]) != (self.num_tokens, self.token_dim):
             raise LayoutError(
                 f"tokens have shape {tuple(tokens.shape[-2:])}, this layout needs {(self.num_tokens, self.token_dim)}.",
                 "They were made with another layout; tokenize and train again from one zoo.",
             )
-        return torch.cat([tokens[..., s.tokens, : s.width].flatten(-2)[..., : s.numel] for s in self.segments], -1)
+
+    def of_tensor(self, tokens: Tensor, i: int) -> Tensor:
+        """The values of generated tensor i, (numel,), from tokens (L, D), of which only its own are read."""
+        numel = self.generated[i].numel
+        if self.granularity == "flat":
+            return tokens.flatten()[self._starts[i] : self._starts[i] + numel]
+        segment = self.segments[i]
+        return tokens[segment.tokens, : segment.width].flatten()[:numel]
+
+    def values(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The values of one generated tensor after another, (numel,) each, from blocks of tokens (r, D) in order."""
+        wanted = iter(self.generated)
+        spec, parts, have = next(wanted), list[Tensor](), 0
+        for run in self._runs(blocks):
+            while len(run):
+                parts.append(run[: spec.numel - have])
+                have, run = have + len(parts[-1]), run[len(parts[-1]) :]
+                if have == spec.numel:
+                    yield torch.cat(parts)
+                    parts, have = [], 0
+                    if (following := next(wanted, None)) is None:
+                        return
+                    spec = following
+        raise LayoutError(f"the tokens end inside {spec.name}.", "They were made with another layout.")
+
+    def _runs(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The values of blocks of tokens (r, D) without their padding, each of one segment."""
+        segments, row = iter(self.segments), 0
+        segment = next(segments)
+        for block in blocks:
+            while len(block):
+                if row == segment.tokens.stop:
+                    segment = next(segments)
+                here = block[: segment.tokens.stop - row, : segment.width]
+                yield here.flatten()[: segment.numel - (row - segment.first_token) * segment.width]
+                row, block = row + len(here), block[len(here) :]
 
     def flatten(self, state: Mapping[str, Tensor]) -> Tensor:
         """The generated values of a state dict as one float32 vector, (P,).
@@ -179,6 +221,13 @@ class Layout:
 
         Shared tensors are not read: they are looked at once, where they are stored.
         """
+        self.check_shapes(state)
+        for spec in self.specs:
+            if spec.role != "shared":
+                check_finite(spec.name, state[spec.name])
+
+    def check_shapes(self, state: Mapping[str, Tensor]) -> None:
+        """Raise a LayoutError unless `state` has exactly this layout's names, shapes and dtypes; `meta` will do."""
         known = {spec.name: spec for spec in self.specs}
         if odd := sorted(known.keys() ^ state.keys()):
             missing, extra = [n for n in odd if n in known], [n for n in odd if n not in known]
@@ -195,8 +244,6 @@ class Layout:
                     f"{name} is {tuple(tensor.shape)} {dtype} but this layout needs {spec.shape} {spec.dtype}.",
                     "All networks of a zoo must be of one architecture.",
                 )
-            if spec.role != "shared":
-                check_finite(name, tensor)
 
     def to_json(self) -> dict[str, Any]:
         """The layout as JSON; safetensors keeps no order, so this file does."""
@@ -222,6 +269,34 @@ class Layout:
                 return inner * max(k for k in _divisors(size) if inner * k <= self.token_dim)
             inner *= size
         return self.token_dim
+
+
+class Rows:
+    """Lays the generated tensors of one network out as tokens, one tensor after another.
+
+    Args:
+        layout: Where values lie.
+        fill: What padding holds.
+    """
+
+    def __init__(self, layout: Layout, fill: float = 0.0) -> None:
+        self.layout, self.fill, self.num_added = layout, fill, 0
+        self.rest: Tensor | None = None  # (..., less than D), of a token that the next tensor goes on filling
+
+    def add(self, values: Tensor) -> Tensor:
+        """The tokens that the next tensor completes, (..., r, D), from its values (..., numel)."""
+        self.num_added += 1
+        width = self.layout.token_dim
+        if self.layout.granularity == "flat":
+            values = values if self.rest is None else torch.cat([self.rest, values], -1)
+            whole = values.shape[-1] // width * width
+            if self.num_added < len(self.layout.generated):
+                self.rest, values = values[..., whole:], values[..., :whole]
+        else:
+            width = self.layout.segments[self.num_added - 1].width
+        num_rows = -(-values.shape[-1] // width)
+        values = F.pad(values, (0, num_rows * width - values.shape[-1]), value=self.fill)
+        return F.pad(values.unflatten(-1, (num_rows, width)), (0, self.layout.token_dim - width), value=self.fill)
 
 
 def make_layout(

@@ -5,18 +5,17 @@ open_source       read it, so that it makes networks
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rpgcli import artifact, rng
 from rpgcli.artifact import Artifact, Draft
 from rpgcli.autoencoder import Autoencoder
-from rpgcli.conditions import Condition
+from rpgcli.conditions import Asked, Condition, parse_state
 from rpgcli.errors import ArtifactError, UsageError, nearest
 from rpgcli.evaluation import EvaluateConfig
 from rpgcli.evaluation.audit import answering_store
@@ -89,7 +88,7 @@ def unknown(method: str, known: Sequence[str]) -> UsageError:
 
 def open_source(
     source: Source, config: GenerateConfig, evaluate: EvaluateConfig, problem: Callable[[], Problem],
-    device: torch.device, on_step: OnStep,
+    device: torch.device, dtype: torch.dtype, on_step: OnStep,
 ) -> Maker:  # fmt: skip
     """Read a source.
 
@@ -99,10 +98,11 @@ def open_source(
         evaluate: Settings of the trivial generators that have any.
         problem: Opens the zoo's problem; for those that choose their settings on validation images, or train.
         device: Where a model runs.
+        dtype: What it computes in.
         on_step: Called while something is fitted.
     """
     if source.is_learned:
-        return open_model(source, config, device)
+        return open_model(source, config, device, dtype)
     store = TokenStore(source.inputs["tokens"])
     if source.method == "finetuned":
         return open_finetuning(source, store, evaluate, problem(), config.seed)
@@ -111,15 +111,20 @@ def open_source(
     return open_resampling(source, store, config.seed, device)
 
 
-def open_model(source: Source, config: GenerateConfig, device: torch.device) -> Maker:
+def open_model(source: Source, config: GenerateConfig, device: torch.device, dtype: torch.dtype) -> Maker:
     """A trained model, sampled as is asked for, or as was chosen on validation tasks."""
     (trained,) = source.inputs.values()
     sampling = sampling_of(trained, config)
-    generator = Generator(read_model(source.method, trained, device))
+    model = read_model(source.method, trained, device)
+    generator = Generator(model, dtype)
+    state = parse_state(config.state, model.num_states)
+    if model.condition is None and state is not None and isinstance(model.method, RPG):
+        generator.prototypes(Asked(), state)
+        del model.method.core  # These are all that will be asked for.
 
-    def make(sample: Sample) -> tuple[dict[str, Tensor], int]:
-        tokens, state = generator.tokens(sample, sampling, seed=config.seed, state=config.state)
-        return generator.network(tokens), state
+    def make(sample: Sample) -> tuple[Iterator[tuple[str, Tensor]], int]:
+        blocks, chosen = generator.blocks(sample, sampling, seed=config.seed, state=config.state)
+        return generator.tensors(blocks), chosen
 
     facts = {"sampling": sampling.model_dump(mode="json")}
     return Maker(make, facts, trained.manifest.volatile.get("training_seconds"))
@@ -137,9 +142,9 @@ def open_resampling(source: Source, store: TokenStore, seed: int, device: torch.
         )
         seconds = source.inputs["autoencoder"].manifest.volatile.get("training_seconds", 0.0)
 
-    def make(sample: Sample) -> tuple[dict[str, Tensor], int]:
+    def make(sample: Sample) -> tuple[Iterable[tuple[str, Tensor]], int]:
         x = resampling.network(source.method, draws[source.method], originals, seed, sample.index)
-        return store.rebuilt(x), 0
+        return store.rebuilt(x).items(), 0
 
     return Maker(make, {"sampling": None}, seconds)
 
@@ -158,8 +163,8 @@ def open_regression(
     score = baselines.validation_score(problem, store, store.artifact.facts["tasks"]["validation"])
     fitted = baselines.best(source.method, candidates, score)
 
-    def make(sample: Sample) -> tuple[dict[str, Tensor], int]:
-        return store.rebuilt(fitted.predict([sample.asked.task_bits or ""], sample.index)[0]), 0
+    def make(sample: Sample) -> tuple[Iterable[tuple[str, Tensor]], int]:
+        return store.rebuilt(fitted.predict([sample.asked.task_bits or ""], sample.index)[0]).items(), 0
 
     settings = {"chosen": fitted.settings, "validation": fitted.validation}
     return Maker(make, {"sampling": None, "settings": settings}, round(fitted.seconds, 3))
@@ -172,11 +177,11 @@ def open_finetuning(source: Source, store: TokenStore, evaluate: EvaluateConfig,
     known = baselines.known_of(store) if source.condition is not None else None
     closest = baselines.nearest(known, known.parameters[:, -1]) if known is not None else None
 
-    def make(sample: Sample) -> tuple[dict[str, Tensor], int]:
+    def make(sample: Sample) -> tuple[Iterable[tuple[str, Tensor]], int]:
         bits, i = sample.asked.task_bits, sample.index
         start = store.rebuilt(closest([bits])[0]) if closest is not None and bits else original(store, seed, i)
         (state,) = trained_on(problem, [start], [bits], [i], evaluate.finetune, tail=tail, seed=seed)
-        return dict(state), 0
+        return state.items(), 0
 
     return Maker(make, {"sampling": None}, 0.0)
 
@@ -252,19 +257,15 @@ def load_autoencoder(described: Mapping[str, Any], weights: Mapping[str, Tensor]
     return model.to(device).eval()
 
 
-def strict_check(source: Source) -> "StrictCheck":
-    """A check that the target takes a state dict as it is."""
+def skeleton(source: Source) -> dict[str, Tensor]:
+    """Names, shapes and dtypes of the target's state dict, in its order, without values.
+
+    Raises:
+        LayoutError: If that is no longer the target that the source learned from.
+    """
     facts, config = source.facts["network"], ProblemConfig.of(source.facts["problem"])
     with torch.device("meta"):
-        return StrictCheck(config.target.build(facts["channels"], tuple(facts["size"]), facts["num_outputs"]))
-
-
-@dataclass(frozen=True)
-class StrictCheck:
-    """Loads state dicts into the target with `strict=True`."""
-
-    target: nn.Module
-
-    def __call__(self, state: Mapping[str, Tensor]) -> None:
-        """Raise a RuntimeError unless names, shapes and order of `state` are the target's."""
-        self.target.load_state_dict(dict(state), strict=True, assign=True)
+        target = config.target.build(facts["channels"], tuple(facts["size"]), facts["num_outputs"])
+    state = dict(target.state_dict())
+    Layout.from_json(next(iter(source.inputs.values())).json("layout.json")).check_shapes(state)
+    return state

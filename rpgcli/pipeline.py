@@ -74,7 +74,7 @@ from rpgcli.models import (
     read_autoencoder,
     read_model,
     save_target,
-    strict_check,
+    skeleton,
 )
 from rpgcli.problem import Problem, ProblemConfig
 from rpgcli.progress import OnStep, Step, silent
@@ -536,25 +536,26 @@ def open_maker(run: Run, recipe: Recipe, source: Source) -> Maker:
     """What makes one network after another."""
     return open_source(
         source, recipe.generate, recipe.evaluate, lambda: run.open(ProblemConfig.of(source.facts["problem"])),
-        run.device, run.on_step,
+        run.device, run.dtype, run.on_step,
     )  # fmt: skip
 
 
 def sampled(maker: Maker, source: Source, request: Request) -> list[Block]:
     """The networks of a request, block by block."""
-    check, samples = strict_check(source), list(request.samples())
+    expected, samples = skeleton(source), list(request.samples())
 
     def write(samples: Sequence[Sample], draft: Draft, on_step: OnStep) -> dict[str, Any]:
         networks, seconds = [], []
         for i, sample in enumerate(samples):
             started, asked = time.perf_counter(), sample.asked
-            state, chosen = maker.make(sample)
-            check(state)
+            tensors, chosen = maker.make(sample)
             network = Network(
                 f"{asked.words or 'network'}-{sample.index:04d}.safetensors", asked.split, asked.task_bits,
                 run=chosen, sample=sample.index, label=asked.label, asked_accuracy=asked.accuracy,
             )  # fmt: skip
-            draft.save_tensors(network.file, state)
+            with draft.saving_tensors(network.file, expected) as append:
+                for name, value in tensors:
+                    append(name, value)
             networks.append(network.to_json())
             seconds.append(round(time.perf_counter() - started, 4))
             on_step(Step(i + 1, len(samples), unit="network"))

@@ -2,15 +2,18 @@
 
     state dict --flatten--> (P,) --transform--> (P,) --grid--> (L, D) --standardise--> tokens
 
-Statistics stream over the seen checkpoints in float64, pooled (one mean and one deviation over everything counted),
+Statistics are taken over the seen checkpoints in float64, pooled (one mean and one deviation over everything counted),
 with a floor, so that a coordinate that never varies neither divides by zero nor drifts: it is generated as its mean.
-Tokens are stored before standardisation, which is applied when they are loaded: each checkpoint is read once.
+Tokens are stored before standardisation, which is applied when they are loaded. Each checkpoint is read once, tensor by
+tensor, and statistics come from what was stored, a few tensors of all checkpoints at a time: memory depends neither on
+the size of the networks nor on their number.
 
 Letters: N checkpoints, L = num_tokens, D = token_dim, P generated parameters.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -18,10 +21,10 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from rpgcli.alignment import Group
-from rpgcli.artifact import Artifact, Draft
+from rpgcli.artifact import Artifact, Draft, read_tensors
 from rpgcli.config import Config
 from rpgcli.errors import ArtifactError, LayoutError, RecipeError
-from rpgcli.layout import Granularity, Layout, check_finite
+from rpgcli.layout import DTYPES, Granularity, Layout, Rows, check_finite
 from rpgcli.progress import OnStep, Step
 
 FLOOR = 1e-3
@@ -32,6 +35,10 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 """Smallest deviation of all: float32 would make 0 of a smaller one."""
 SHARED = "shared.safetensors"
 """The tensors that are the same in all networks, once."""
+STATISTICS = "statistics.safetensors"
+"""What standardisation needs."""
+BLOCK_VALUES = 2**22
+"""Values of a network whose moments are computed together: 32 MiB each of four numbers in float64."""
 SHARD_BYTES = 256 * 2**20
 """A shard of the token store holds as many whole checkpoints as fit here (at least one)."""
 VARIANCE_SHARE, VARIANCE_SHIFT, VARIANCE_MIN = 0.95, 0.05, 1e-3
@@ -88,11 +95,12 @@ class Statistics:
             return tokens
         return (tokens - self.mean[rows]).div_(self.scale[rows]).mul_(self.varies[rows])
 
-    def restore(self, tokens: Tensor) -> Tensor:
-        """Inverse of `standardise`, (..., L, D): a coordinate that never varied becomes its mean."""
+    def restore(self, tokens: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Inverse of `standardise`, (..., len(rows), D): a coordinate that never varied becomes its mean."""
         if self.raw:
             return tokens
-        return torch.where(self.varies, tokens * self.scale + self.mean, self.mean)
+        mean = self.mean[rows]
+        return torch.where(self.varies[rows], tokens * self.scale[rows] + mean, mean)
 
     def tensors(self) -> dict[str, Tensor]:
         """For `statistics.safetensors`."""
@@ -121,33 +129,60 @@ class Moments:
         return self.shift + offset, (self.squares / self.count - offset.square()).clamp(min=0)
 
 
-def make_statistics(moments: Moments, layout: Layout, standardise: str, references: Tensor) -> Statistics:
-    """Turn streamed moments into what standardisation needs."""
-    mean, variance = moments.mean_and_variance()  # (P,)
-    if standardise == "none":
-        ones = layout.grid(torch.ones(layout.num_parameters))
-        return Statistics(torch.zeros_like(ones), torch.ones_like(ones), ones.bool(), references, torch.tensor(True))
-    sizes = [spec.numel for spec in layout.generated]
-    means, scales, varies = [], [], []
-    for m, v in zip(mean.split(sizes), variance.split(sizes)):
-        off = m - m[0]  # Keeps digits, and is exactly zero where all elements are equal.
-        deviation = (v + (off - off.mean()).square()).mean().sqrt()  # Over the tensor's elements and all checkpoints.
-        floor = max(FLOOR * float(deviation), SMALLEST_SCALE) if deviation > 0 else ABSOLUTE_FLOOR
-        if standardise == "layer":
-            means.append(torch.where(v > 0, m.mean(), m))
-            scales.append(deviation.clamp(min=ABSOLUTE_FLOOR).expand_as(m))
-        else:
-            means.append(m)
-            scales.append(v.sqrt().clamp(min=floor))
-        varies.append(v > 0)
-    padding = layout.grid(torch.ones(layout.num_parameters)) == 0
-    return Statistics(
-        layout.grid(torch.cat(means).float()),
-        layout.grid(torch.cat(scales).float()) + padding,
-        layout.grid(torch.cat(varies)),
-        references,
-        torch.tensor(False),
-    )
+def standardisation(mean: Tensor, variance: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What standardises one tensor, from the moments (numel,) of its elements over all checkpoints in float64.
+
+    Args:
+        mean: Of each element.
+        variance: Of each element.
+        how: As `TokensConfig.standardise`.
+
+    Returns:
+        Mean, scale and whether it varies, of each element.
+    """
+    if how == "none":
+        return torch.zeros_like(mean).float(), torch.ones_like(mean).float(), torch.ones_like(mean).bool()
+    off = mean - mean[0]  # Keeps digits, and is exactly zero where all elements are equal.
+    deviation = (variance + (off - off.mean()).square()).mean().sqrt()  # Over elements and checkpoints.
+    varies = variance > 0
+    if how == "layer":
+        scale = deviation.clamp(min=ABSOLUTE_FLOOR).expand_as(mean)
+        return torch.where(varies, mean.mean(), mean).float(), scale.float(), varies
+    floor = max(FLOOR * float(deviation), SMALLEST_SCALE) if deviation > 0 else ABSOLUTE_FLOOR
+    return mean.float(), variance.sqrt().clamp(min=floor).float(), varies
+
+
+def write_statistics(
+    draft: Draft, checkpoints: Sequence[Tensor], layout: Layout, how: str, references: Tensor
+) -> Statistics:
+    """Statistics of checkpoints, (L, D) each, a few tensors of all of them at a time."""
+    grid, rows = torch.empty(layout.num_tokens, layout.token_dim, device="meta"), {}
+    like = {"mean": grid, "scale": grid, "varies": grid.bool(), "references": references, "raw": torch.tensor(False)}
+    rows = {"mean": Rows(layout), "scale": Rows(layout, fill=1.0), "varies": Rows(layout)}
+    with draft.saving_tensors(STATISTICS, like) as append:
+        append("references", references)
+        append("raw", torch.tensor(how == "none"))
+        for part in parts(layout):
+            moments = Moments()
+            for tokens in checkpoints:
+                moments.update(torch.cat([layout.of_tensor(tokens, i) for i in part]))
+            sizes = [layout.generated[i].numel for i in part]
+            means, variances = moments.mean_and_variance()
+            for mean, variance in zip(means.split(sizes), variances.split(sizes)):
+                for name, values in zip(rows, standardisation(mean, variance, how)):
+                    append(name, rows[name].add(values))
+    return Statistics(**read_tensors(draft.path / STATISTICS))
+
+
+def parts(layout: Layout) -> Iterator[range]:
+    """Numbers of generated tensors whose moments are computed together: neither too many values nor too few."""
+    first, size = 0, 0
+    for i, spec in enumerate(layout.generated):
+        if i > first and size + spec.numel > BLOCK_VALUES:
+            yield range(first, i)
+            first, size = i, 0
+        size += spec.numel
+    yield range(first, len(layout.generated))
 
 
 # --- one checkpoint ---------------------------------------------------------------------------------------------------
@@ -159,17 +194,36 @@ def variance_references(state: Mapping[str, Tensor], layout: Layout) -> Tensor:
     return torch.stack(means).clamp(min=1e-12).float() if means else torch.zeros(0)
 
 
+def units(layout: Layout, references: Tensor) -> list[Tensor | None]:
+    """Of each generated tensor the unit of its logarithm; None where it is left alone."""
+    given = iter(VARIANCE_SHARE * references)
+    return [next(given) if spec.transform == "log-variance" else None for spec in layout.generated]
+
+
+def to_logarithm(values: Tensor, unit: Tensor | None) -> Tensor:
+    """Map running variances to logarithms; all else (`unit` None) is left alone.
+
+    A variance below zero, which no network computes but a file may hold, counts as zero.
+    """
+    if unit is None:
+        return values
+    return torch.log((values / unit).clamp(0, torch.finfo(values.dtype).max) + VARIANCE_SHIFT)
+
+
+def from_logarithm(values: Tensor, unit: Tensor | None) -> Tensor:
+    """Inverse of `to_logarithm`, never below a thousandth of the unit."""
+    return values if unit is None else (values.exp() - VARIANCE_SHIFT).clamp(min=VARIANCE_MIN) * unit
+
+
 def transform(flat: Tensor, layout: Layout, references: Tensor, *, inverse: bool = False) -> Tensor:
     """Map running variances to logarithms or back; everything else is left alone. (..., P) to (..., P)."""
-    pieces = list(flat.split([spec.numel for spec in layout.generated], -1))
-    logs = [i for i, spec in enumerate(layout.generated) if spec.transform == "log-variance"]
-    for i, reference in zip(logs, references):
-        unit = VARIANCE_SHARE * reference
-        if inverse:
-            pieces[i] = (pieces[i].exp() - VARIANCE_SHIFT).clamp(min=VARIANCE_MIN) * unit
-        else:
-            pieces[i] = torch.log(pieces[i] / unit + VARIANCE_SHIFT)
-    return torch.cat(pieces, -1) if logs else flat
+    if not len(references):
+        return flat
+    pieces, change = (
+        flat.split([spec.numel for spec in layout.generated], -1),
+        from_logarithm if inverse else to_logarithm,
+    )
+    return torch.cat([change(piece, unit) for piece, unit in zip(pieces, units(layout, references))], -1)
 
 
 def tokenize(state: Mapping[str, Tensor], layout: Layout, references: Tensor) -> Tensor:
@@ -194,8 +248,28 @@ def detokenize(
     Raises:
         LayoutError: If `tokens` is not (layout.num_tokens, layout.token_dim).
     """
-    flat = layout.ungrid(statistics.restore(tokens))  # (P,)
-    return layout.unflatten(transform(flat, layout, statistics.references, inverse=True), constants)
+    layout.check_tokens(tokens)
+    return dict(detokenized([tokens], layout, statistics, constants))
+
+
+def detokenized(
+    blocks: Iterable[Tensor], layout: Layout, statistics: Statistics, constants: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """`detokenize` of blocks of tokens (r, D), one tensor after another as soon as it is whole."""
+
+    def raw() -> Iterator[Tensor]:
+        row = 0
+        for block in blocks:
+            yield statistics.restore(block, slice(row, row + len(block)))
+            row += len(block)
+
+    values, unit_of = layout.values(raw()), iter(units(layout, statistics.references))
+    for spec in layout.specs:
+        if spec.role == "generated":
+            value = from_logarithm(next(values), next(unit_of))
+            yield spec.name, value.view(spec.shape).to(DTYPES[spec.dtype])
+        else:
+            yield spec.name, constants[spec.name].clone()
 
 
 # --- the token store --------------------------------------------------------------------------------------------------
@@ -215,45 +289,55 @@ def write_store(
         LayoutError: If a checkpoint does not fit the layout, or a shared tensor is not the same in all.
         ArtifactError: If all are the same.
     """
-    moments, references = Moments(), torch.zeros(0)
     per_shard = max(1, SHARD_BYTES // (4 * layout.num_tokens * layout.token_dim))
-    shard: list[Tensor] = []
-    constants: list[dict[str, Tensor]] = []
-    shared: dict[str, Tensor] = {}
-    for i, state in enumerate(states):
-        layout.check(state)
-        if i == 0:
-            references = variance_references(state, layout)
-            shared = {spec.name: state[spec.name] for spec in layout.shared}
-            for name, value in shared.items():
-                check_finite(name, value)
-            if shared:
-                draft.save_tensors(SHARED, shared)
-        for name, value in shared.items():
-            if state[name] is not value and not torch.equal(state[name], value):
-                raise LayoutError(
-                    f"{name} is frozen but not the same in all networks.", "Collect them from one base network."
-                )
-        flat = transform(layout.flatten(state), layout, references)
-        moments.update(flat)
-        shard.append(layout.grid(flat))
-        constants.append({spec.name: state[spec.name].clone() for spec in layout.constants})  # Lets go of the file.
-        if len(shard) == per_shard or i == num_states - 1:
-            kept = {
-                f"constant.{spec.name}": torch.stack([c[spec.name] for c in constants]) for spec in layout.constants
-            }
-            draft.save_tensors(f"tokens-{i // per_shard:05d}.safetensors", {"tokens": torch.stack(shard), **kept})
-            shard, constants = [], []
-        on_step(Step(i + 1, num_states, unit="checkpoint"))
-    statistics = make_statistics(moments, layout, config.standardise, references)
+    references, shared = torch.zeros(0), dict[str, Tensor]()
+    every = enumerate(states)
+    shards = []
+    for first in range(0, num_states, per_shard):
+        size = min(per_shard, num_states - first)
+        like = {"tokens": torch.empty(size, layout.num_tokens, layout.token_dim, device="meta")}
+        for spec in layout.constants:
+            like[f"constant.{spec.name}"] = torch.empty(size, *spec.shape, dtype=DTYPES[spec.dtype], device="meta")
+        name = f"tokens-{first // per_shard:05d}.safetensors"
+        with draft.saving_tensors(name, like) as append:
+            for i, state in islice(every, size):
+                layout.check(state)
+                if i == 0:
+                    references = variance_references(state, layout)
+                    shared = keep_shared(draft, state, layout)
+                for frozen, value in shared.items():
+                    if state[frozen] is not value and not torch.equal(state[frozen], value):
+                        raise LayoutError(
+                            f"{frozen} is frozen but not the same in all networks.",
+                            "Collect them from one base network.",
+                        )
+                rows = Rows(layout)
+                for spec, unit in zip(layout.generated, units(layout, references)):
+                    values = state[spec.name].reshape(-1).float()
+                    append("tokens", rows.add(to_logarithm(values, unit)))
+                for spec in layout.constants:
+                    append(f"constant.{spec.name}", state[spec.name])
+                on_step(Step(i + 1, num_states, unit="checkpoint"))
+        shards.append(read_tensors(draft.path / name)["tokens"])
+    checkpoints = [tokens for shard in shards for tokens in shard]
+    statistics = write_statistics(draft, checkpoints, layout, config.standardise, references)
     if not statistics.varies.any():
         raise ArtifactError(
             f"the {num_states} seen checkpoints hold the same values: there is nothing to learn.",
             "Collect several snapshots, runs or tasks.",
         )
-    draft.save_tensors("statistics.safetensors", statistics.tensors())
     draft.save_json("layout.json", layout.to_json())
     return statistics
+
+
+def keep_shared(draft: Draft, state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Write what is the same in all networks, from the first."""
+    shared = {spec.name: state[spec.name] for spec in layout.shared}
+    for name, value in shared.items():
+        check_finite(name, value)
+    if shared:
+        draft.save_tensors(SHARED, shared)
+    return shared
 
 
 class TokenStore:
@@ -262,7 +346,7 @@ class TokenStore:
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
         self.layout = Layout.from_json(artifact.json("layout.json"))
-        self.statistics = Statistics(**artifact.tensors("statistics.safetensors"))
+        self.statistics = Statistics(**artifact.tensors(STATISTICS))
         names = sorted(name for name in artifact.manifest.files if name.startswith("tokens-"))
         self.shards = [artifact.tensors(name) for name in names]
         self.shared = artifact.tensors(SHARED) if SHARED in artifact.manifest.files else {}

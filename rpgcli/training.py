@@ -159,6 +159,8 @@ class Trainer:
         """Sum of the losses since the last line of metrics."""
         self.num_finite = torch.zeros((), dtype=torch.int64, device=self.window.device)
         """Steps up to the first loss that was not finite; on the device, so that no step waits for it."""
+        self.kept = 0
+        """Step of the last checkpoint; 0: there is none."""
         decay = [p for p in model.parameters() if not getattr(p, "_no_weight_decay", False)]
         fixed = [p for p in model.parameters() if getattr(p, "_no_weight_decay", False)]
         groups: list[dict[str, Any]] = [{"params": decay}, {"params": fixed, "weight_decay": 0.0}]
@@ -216,9 +218,10 @@ class Trainer:
         """Raise an RpgError if a loss or a weight was no longer finite."""
         broken = int(self.num_finite) < self.step
         if broken or not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
+            kept = f"The checkpoint of step {self.kept} is intact." if self.kept else "There is no checkpoint yet."
             raise RpgError(
                 f"the loss is no longer finite at step {int(self.num_finite) + broken}.",
-                "Lower training.learning_rate, or set training.gradient_clip; the last checkpoint is intact.",
+                f"Lower training.learning_rate, or set training.gradient_clip. {kept}",
             )
 
     def save(self, path: Path) -> None:
@@ -240,6 +243,7 @@ class Trainer:
             if rest:
                 parts[part][rest] = value.clone()
         self.step = int(tensors["step"])
+        self.kept = self.step
         self.window.copy_(tensors["window"])
         self.num_finite.fill_(self.step)
         self.model.load_state_dict(parts["model"])
@@ -326,6 +330,7 @@ def fit(
 
     def save() -> None:
         trainer.check_finite()
+        trainer.kept = trainer.step
         if not ranks.first:
             return
         write_bytes(metrics, "".join(line + "\n" for line in lines).encode())

@@ -17,8 +17,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from rpgcli import artifact
+from rpgcli import artifact, rng
 from rpgcli.artifact import BEGUN, MANIFEST, Artifact, Draft, canonical, read, read_json, verify
 from rpgcli.errors import ArtifactError, Interrupted, OutputError, RpgError, UsageError
 from rpgcli.progress import Step
@@ -482,6 +483,51 @@ def test_safetensors_files_carry_one_metadata_key_and_the_same_bytes(tmp_path):
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
     with safe_open(tmp_path / "1", framework="pt") as file:
         assert file.metadata() == {"rpg": '{"a":[2],"b":1}'}
+
+
+def test_files_are_written_as_the_library_writes_them(tmp_path):
+    """Its bytes, so that an artifact has the id that it had when the library wrote it."""
+    tensors = {
+        f"{kind} é".replace("torch.", ""): torch.arange(6).reshape(2, 3).to(kind) for kind in reversed(artifact.DTYPES)
+    }
+    tensors |= {"empty": torch.zeros(0, 3), "number": torch.tensor(5), "a": torch.randn(3, generator=rng.stream(0))}
+    artifact.write_tensors(tmp_path / "ours", tensors, {"z": [1]})
+    save_file(tensors, tmp_path / "theirs", metadata={"rpg": '{"z":[1]}'})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_a_file_can_be_written_piece_by_piece_in_any_order(tmp_path):
+    whole = {"a": torch.arange(6.0).reshape(3, 2), "n": torch.tensor(5), "b": torch.ones(4).bfloat16()}
+    artifact.write_tensors(tmp_path / "whole", whole)
+    with artifact.writing_tensors(tmp_path / "pieces", {k: v.to("meta") for k, v in whole.items()}) as append:
+        append("b", whole["b"][:1])
+        append("a", whole["a"][:2])
+        append("n", whole["n"])
+        append("b", whole["b"][1:])
+        append("a", whole["a"][2:])
+    assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_file_that_is_not_whole_is_never_there(tmp_path):
+    like = {"a": torch.empty(4, device="meta")}
+    with pytest.raises(AssertionError), artifact.writing_tensors(tmp_path / "a", like) as append:
+        append("a", torch.zeros(3))
+    with pytest.raises(AssertionError), artifact.writing_tensors(tmp_path / "a", like) as append:
+        append("a", torch.zeros(5))
+    with pytest.raises(AssertionError), artifact.writing_tensors(tmp_path / "a", like) as append:
+        append("a", torch.zeros(4, dtype=torch.int32))
+    with pytest.raises(KeyboardInterrupt), artifact.writing_tensors(tmp_path / "a", like) as append:
+        append("a", torch.zeros(4))
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fact_that_an_older_version_did_not_write_is_named_with_what_to_run(tmp_path):
+    facts = make(tmp_path / "zoo", content(1.0)).facts
+    assert facts.get("condition") is None
+    with pytest.raises(ArtifactError, match="says nothing of 'condition'") as error:
+        facts["condition"]
+    assert "--force" in str(error.value)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])

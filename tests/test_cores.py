@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rpgcli import kernels, rng
 from rpgcli.config import Config
-from rpgcli.cores import CoreConfig
+from rpgcli.cores import CoreConfig, mamba2
 from rpgcli.cores.lstm import LstmConfig
 from rpgcli.cores.mamba2 import Mamba2Block, Mamba2Config, initial_dt_bias
 from rpgcli.cores.transformer import TransformerConfig
@@ -114,11 +114,25 @@ def test_recomputed_blocks_give_the_same_bits_and_keep_only_what_enters_them(con
         assert torch.equal(again(h), plain(h))
 
 
+@pytest.mark.parametrize("part", [64, 100, 299])
+@pytest.mark.parametrize("ngroups", [1, 2])
+def test_a_long_sequence_read_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch, part: int, ngroups: int) -> None:
+    core, h = build(Mamba2Config(d_model=32, headdim=8, d_state=8, ngroups=ngroups)), draw(2, 300, 32)
+    whole = core(h).detach()
+    monkeypatch.setattr(mamba2, "PART", part)
+    with torch.no_grad():
+        in_parts = core(h)
+    torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-5)
+    if part == kernels.TORCH_CHUNK_SIZE:
+        assert torch.equal(in_parts, whole)
+    torch.testing.assert_close(core(h), whole, rtol=0, atol=0)  # With gradients it is not cut.
+
+
 def test_the_scan_and_its_parameters_stay_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     core, seen = build(Mamba2Config(d_model=32, headdim=8)), list[torch.dtype]()
     scan = kernels._chunked_scan
 
-    def spy(*values: Any) -> Tensor:
+    def spy(*values: Any) -> tuple[Tensor, Tensor | None]:
         seen.extend(value.dtype for value in values[:5])
         return scan(*values)
 

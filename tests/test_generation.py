@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from rpgcli import rng
+from rpgcli import generation, rng
 from rpgcli.conditions import Asked, Condition
 from rpgcli.cores.mamba2 import Mamba2Config
 from rpgcli.denoisers.mlp import MlpDenoiserConfig
@@ -126,7 +126,8 @@ def test_without_starting_noise_all_samples_of_a_condition_are_one(generator):
     assert not torch.equal(samples[0], sample(generator, "1001", 0, centre, state="1"))
 
 
-def test_the_core_runs_once_for_each_condition_whatever_the_steps_and_samples(generator):
+def test_the_core_runs_once_for_each_condition_whatever_the_steps_and_samples(generator, monkeypatch):
+    monkeypatch.setattr(generation, "KEPT_BYTES", 16 * 4 * generator.model.mask.shape[0] * CONFIG.core.d_model)
     calls: list[int] = []
     assert isinstance(generator.model.method, RPG)
     generator.model.method.core.register_forward_hook(lambda *_: calls.append(1))
@@ -140,6 +141,36 @@ def test_the_core_runs_once_for_each_condition_whatever_the_steps_and_samples(ge
     for index in range(40):  # no more prototypes are kept than a few
         generator.prototypes(Asked(task_bits=format(index % 16, "04b")), index % 3)
     assert len(generator._prototypes) == 16
+
+
+@EACH_SAMPLING
+def test_a_network_in_blocks_has_noise_of_its_own_in_each_and_comes_tensor_by_tensor(
+    generator, store, monkeypatch, sampling
+):
+    whole = generator.tokens(Sample(Asked("unseen", "0110"), 1), sampling, seed=3, state="1")[0]
+    monkeypatch.setattr(generation, "BLOCK_VALUES", 8 * 2)  # Two tokens.
+    blocks, _ = generator.blocks(Sample(Asked("unseen", "0110"), 1), sampling, seed=3, state="1")
+    tensors = generator.tensors(blocks)
+    name, value = next(tensors)
+    assert name == "w"  # Its tokens alone have been sampled.
+    state = {name: value, **dict(tensors)}
+    assert list(state) == list(network(0))
+    tokens = generator.tokens(Sample(Asked("unseen", "0110"), 1), sampling, seed=3, state="1")[0]
+    assert same_bits(state, generator.network(tokens))
+    if sampling.sampler in (DdimConfig(), DpmSolverConfig()):  # The others draw noise on the way, of other shapes.
+        torch.testing.assert_close(tokens[:2], whole[:2], rtol=1e-4, atol=1e-4)
+    varies = store.statistics.varies
+    assert not torch.equal(tokens[2:][varies[2:]], whole[2:][varies[2:]])
+    monkeypatch.setattr(rng, "stream", lambda *name: torch.Generator().manual_seed(0))
+    same = generator.tokens(Sample(Asked("unseen", "0110"), 1), sampling, seed=3, state="1")[0]
+    assert not torch.equal(same, tokens)
+
+
+def test_autocast_changes_samples_by_its_rounding_and_keeps_their_dtype(store):
+    exact, quick = make_generator(store), Generator(make_generator(store).model, torch.bfloat16)
+    tokens, expected = (sample(generator, "0110", 0, SAMPLINGS[0]) for generator in (quick, exact))
+    assert tokens.dtype == torch.float32
+    assert 1e-4 < float((tokens - expected).abs().max()) < 0.1
 
 
 def test_the_state_can_be_chosen(generator: Generator) -> None:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 RECIPES = {path.stem: path.read_text() for path in sorted((ROOT / "recipes").glob("*.yaml"))}
+DEFINED = re.compile(r"^def (test_\w+)", re.MULTILINE)
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 """Language and text of each code block."""
 
@@ -88,3 +89,9 @@ def test_every_phony_target_has_a_rule():
     assert phony
     for target in expanded(" ".join(phony)).split():
         test_make_target_exists(["make", target])
+
+
+def test_every_test_that_is_named_exists():
+    named = {span for span in SPANS if span.startswith("test_")}
+    found = {name for path in Path(__file__).parent.rglob("test_*.py") for name in DEFINED.findall(path.read_text())}
+    assert named and named <= found, named - found

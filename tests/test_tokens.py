@@ -75,6 +75,17 @@ def test_detokenize_inverts_tokenize_to_rounding_with_standardisation(tmp_path, 
             torch.testing.assert_close(found[name].double(), value.double(), atol=atol, rtol=rtol)
 
 
+def test_running_variances_that_no_network_computes_still_give_finite_tokens(tmp_path):
+    """A file may hold them: below zero, and so large that their ratio overflows."""
+    low, high = torch.tensor([-0.5, 1, 2]), torch.tensor([1e30, 1, 2])
+    for i, odd in enumerate((low, high)):
+        states: list[State] = [{"running_var": torch.full((3,), float(1 - i))}, {"running_var": odd}]
+        store = token_store(tmp_path / str(i), states, token_dim=4)
+        assert all(bool(value.isfinite().all()) for value in store.statistics.tensors().values())
+        assert bool(store.network(1).isfinite().all())
+        assert torch.equal(store.state(1)["running_var"][1:].isfinite(), torch.tensor([True, True]))
+
+
 def test_raw_tokens_of_one_checkpoint_are_the_store_s(tmp_path):
     states = [network(seed) for seed in range(3)]
     store = token_store(tmp_path / "t", states, token_dim=16)
@@ -217,7 +228,8 @@ def test_standardised_tokens_have_mean_0_and_deviation_1_wherever_they_vary(valu
     exact = values.astype(np.float64)
     np.testing.assert_allclose(mean, exact.mean(0), rtol=1e-12, atol=1e-9)
     np.testing.assert_allclose(variance, exact.var(0), rtol=1e-9, atol=1e-9)
-    statistics = tokens.make_statistics(moments, layout, "parameter", torch.zeros(0))
+    mean, scale, varies = (layout.grid(part) for part in tokens.standardisation(mean, variance, "parameter"))
+    statistics = tokens.Statistics(mean, scale + ~layout.mask(), varies, torch.zeros(0), torch.tensor(False))
     found = torch.stack([statistics.standardise(layout.grid(torch.from_numpy(row))) for row in values])
     assert bool(found.isfinite().all())
     assert not found[:, ~layout.mask()].any()

@@ -7,7 +7,8 @@ N = d_state, K = d_conv. (B and C are also the paper's input and output projecti
 """
 
 import math
-from typing import Literal, Self
+from functools import partial
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 from rpgcli import kernels
 from rpgcli.cores.stack import Stack, StackConfig
+
+PART = 1024
+"""Positions of a long sequence that are read at once where no gradients are kept: a multiple of the scan's chunks."""
 
 
 class Mamba2Config(StackConfig):
@@ -106,6 +110,13 @@ class GatedRmsNorm(nn.Module):
         return kernels.gated_rms_norm(y, z, self.weight, self.eps, self.num_groups)
 
 
+class Carried(NamedTuple):
+    """What a block's next positions need of those before them."""
+
+    past: Tensor  # (B, K - 1, I + 2GN) what the convolution looks back at
+    state: Tensor  # (B, H, P, N) of the scan
+
+
 class Mamba2Block(nn.Module):
     """One Mamba-2 block: (B, L, in_dim) -> (B, L, width)."""
 
@@ -128,21 +139,47 @@ class Mamba2Block(nn.Module):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]  # the mark that mamba_ssm uses
 
     def forward(self, h: Tensor) -> Tensor:
-        """Mix each position with those before it."""
+        """Mix each position with those before it.
+
+        Without gradients a long sequence is read in parts, each going on from the state of the one before: the same
+        to rounding, with the memory of one part.
+        """
+        if torch.is_grad_enabled() or h.shape[1] <= PART:
+            return self._mix(h)[0]
+        out, carried = h.new_empty(*h.shape[:2], self.out_proj.out_features), self._nothing(h)
+        for start in range(0, h.shape[1], PART):
+            here = slice(start, start + PART)
+            mixed, carried = self._mix(h[:, here], carried)
+            out[:, here] = mixed
+        return out
+
+    def _mix(self, h: Tensor, carried: Carried | None = None) -> tuple[Tensor, Carried]:
+        """Some positions (B, L, in_dim) to (B, L, width), and what those that follow need of them."""
         backend = kernels.resolve_backend(self.backend, h.device)
-        state_dim = self.ngroups * self.d_state
+        state_dim, state = self.ngroups * self.d_state, h.new_empty(0)
         assert self.conv1d.bias is not None
+        conv = partial(kernels.causal_conv, weight=self.conv1d.weight, bias=self.conv1d.bias, backend=backend)
         # fmt: off
         z, xBC, dt = self.in_proj(h).split([self.d_inner, self.conv_dim, len(self.D)], dim=-1)
-        xBC        = kernels.causal_conv(xBC, self.conv1d.weight, self.conv1d.bias, backend=backend)  # (B, L, I + 2GN)
+        past       = xBC if carried is None else torch.cat([carried.past.to(xBC.dtype), xBC], 1)   # (B, .., I + 2GN)
+        xBC        = conv(past)[:, -h.shape[1]:]                                                      # (B, L, I + 2GN)
         x, B, C    = xBC.split([self.d_inner, state_dim, state_dim], dim=-1)
         x          = x.unflatten(-1, (-1, self.headdim))                                              # (B, L, H, P)
         B, C       = (value.unflatten(-1, (self.ngroups, -1)) for value in (B, C))                    # (B, L, G, N)
         dt         = F.softplus(dt + self.dt_bias)                                                    # (B, L, H)
-        y          = kernels.chunked_scan(x, dt, -self.A_log.exp(), B, C, self.D, backend=backend)    # (B, L, H, P)
+        inputs     = x, dt, -self.A_log.exp(), B, C, self.D
+        if carried is None:
+            y        = kernels.chunked_scan(*inputs, backend=backend)                                 # (B, L, H, P)
+        else:
+            y, state = kernels.scan_on(*inputs, carried.state, backend=backend)                       # (B, L, H, P)
         out: Tensor = self.out_proj(self.norm(y.flatten(-2), z))                                      # (B, L, width)
         # fmt: on
-        return out
+        return out, Carried(past[:, past.shape[1] - self.conv1d.kernel_size[0] + 1 :], state)
+
+    def _nothing(self, h: Tensor) -> Carried:
+        """What is carried into the first part of `h` (B, L, in_dim): zeros."""
+        past = h.new_zeros(len(h), self.conv1d.kernel_size[0] - 1, self.conv_dim)
+        return Carried(past, h.new_zeros(len(h), len(self.D), self.headdim, self.d_state))
 
 
 def initial_dt_bias(num_heads: int, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> Tensor:

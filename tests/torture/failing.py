@@ -8,11 +8,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import safetensors.torch
-from safetensors import SafetensorError
-
-from rpgcli import artifact
-
 
 class Raw(io.FileIO):
     """A file whose writes can fail."""
@@ -57,7 +52,7 @@ class FailingDisk(contextlib.ExitStack):
     def __enter__(self) -> "FailingDisk":
         for name in ("mkdir", "rename", "replace", "open"):
             self.enter_context(mock.patch.object(os, name, self.failing(name, getattr(os, name))))
-        sync, pwrite, opened, save = os.fsync, os.pwrite, io.open, safetensors.torch.save_file
+        sync, pwrite, opened = os.fsync, os.pwrite, io.open
 
         def fsync(descriptor: int) -> None:
             self.tick("fsync")
@@ -75,20 +70,9 @@ class FailingDisk(contextlib.ExitStack):
                 return io.BufferedWriter(Raw(self, path, mode))
             return opened(path, mode, *arguments, **options)
 
-        def save_file(tensors: Any, path: Path, **options: Any) -> None:
-            save(tensors, path, **options)
-            try:
-                self.tick("write")
-            except OSError as error:  # As safetensors says it, in the middle of the file.
-                os.truncate(path, path.stat().st_size // 2)
-                raise SafetensorError(
-                    f"Error while serializing: I/O error: {error.strerror} (os error {error.errno})"
-                ) from None
-
         self.enter_context(mock.patch.object(os, "fsync", fsync))
         self.enter_context(mock.patch.object(os, "pwrite", write_at))
         self.enter_context(mock.patch.object(io, "open", open_file))
-        self.enter_context(mock.patch.object(artifact, "save_file", save_file))
         return self
 
     def failing(self, name: str, do: Callable[..., Any]) -> Callable[..., Any]:
