@@ -31,23 +31,32 @@ VARIATIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
 """Name -> stage -> settings, or options of the command."""
 
 
-def run(folder: Path, changes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """All stages of a variation; its report."""
-    rpg = [sys.executable, "-m", "rpgcli"]
-    generated: list[str] = []
-    for stage in ("collect", "tokenize", "train-ae", "train-diffusion", "generate", "evaluate"):
-        given = list(changes.get(stage, []))
-        options = [part for g in given for part in (["--set", g] if "=" in g else [g])]
-        if stage == "collect":
-            options.insert(0, RECIPE)
-        if stage == "train-diffusion":
-            options.append("--allow-bad")  # Whatever comes of it is reported.
-        made = [*rpg, stage, *options, *(generated if stage == "evaluate" else []), "--run", str(folder), "--resume"]
-        done = subprocess.run([*made, "--json"], check=True, stdout=subprocess.PIPE)
-        if stage == "generate":
-            generated = ["--request", Path(json.loads(done.stdout)["path"]).name]
+def rpg(*arguments: object) -> dict[str, Any]:
+    """Run a command; what it says on stdout."""
+    command = [sys.executable, "-m", "rpgcli", *map(str, arguments), "--resume", "--json"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def run(folder: Path, zoo: Path, changes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """All stages of a variation, on the recipe's zoo unless it changes that; its report."""
+    if "collect" in changes:
+        zoo = folder / "zoo"
+        rpg("collect", RECIPE, *settings(changes["collect"]), "--run", folder)
+    rpg("tokenize", RECIPE, *settings(changes.get("tokenize", ())), "--run", folder, "--zoo", zoo)
+    rpg("train-ae", *settings(changes.get("train-ae", ())), "--run", folder)
+    # Whatever comes of it is reported.
+    rpg("train-diffusion", "--allow-bad", *settings(changes.get("train-diffusion", ())), "--run", folder)
+    made = rpg("generate", *settings(changes.get("generate", ())), "--run", folder)
+    rpg("evaluate", "--request", Path(made["path"]).name, "--run", folder, "--zoo", zoo)
     found: dict[str, Any] = json.loads((folder / "report" / "report.json").read_text())
     return found
+
+
+def settings(given: Sequence[str]) -> list[str]:
+    """Settings of the recipe as options; options as they are."""
+    return [part for one in given for part in (["--set", one] if "=" in one else [one])]
 
 
 def share(group: Mapping[str, Any]) -> tuple[float, float]:
@@ -75,9 +84,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/novelty"))
     out = parser.parse_args().out
     lines = [f"{'p-diff on ' + RECIPE:34} {'N&P at m = 1':42} strongest trivial generator"]
+    rpg("collect", RECIPE, "--run", out)
     for name, changes in VARIATIONS.items():
         folder = out / "".join(c if c.isalnum() or c == "." else "-" for c in name).lower()
-        lines.append(line(name, run(folder, changes)))
+        lines.append(line(name, run(folder, out / "zoo", changes)))
     print("\n".join(lines))
 
 
