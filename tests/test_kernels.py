@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rpgcli import kernels, rng
 from rpgcli.errors import UsageError
-from rpgcli.kernels import causal_conv, chunked_scan, gated_rms_norm, resolve_backend, scan_reference
+from rpgcli.kernels import causal_conv, chunked_scan, gated_rms_norm, resolve_backend, scan_on, scan_reference
 
 CPU = torch.device("cpu")
 
@@ -42,6 +42,23 @@ def test_chunked_scan_is_the_recurrence_whatever_the_chunks(
     torch.testing.assert_close(
         chunked_scan(*inputs, chunk_size=chunk_size), scan_reference(*inputs), rtol=1e-11, atol=1e-11
     )
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("split", [1, 4, 7, 19])
+def test_a_sequence_cut_anywhere_goes_on_from_its_state(split: int, groups: int) -> None:
+    x, dt, A, B, C, D = scan_inputs(length=20, groups=groups)
+    state = torch.zeros(2, 4, 3, 5, dtype=x.dtype)  # (B, H, P, N)
+    parts = []
+    for here in (slice(0, split), slice(split, 20)):
+        y, state = scan_on(x[:, here], dt[:, here], A, B[:, here], C[:, here], D, state, chunk_size=4)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), scan_reference(x, dt, A, B, C, D), rtol=1e-11, atol=1e-11)
+    # What is left behind: one more position reads C^T S.
+    one = torch.zeros(2, 1, 4, 3, dtype=x.dtype)
+    read, _ = scan_on(one, dt[:, :1] * 0, A, B[:, :1], C[:, :1], D, state)
+    expected = (C[:, 0].repeat_interleave(4 // groups, 1)[:, :, None] * state).sum(-1)
+    torch.testing.assert_close(read[:, 0], expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("length", [46, 64, 300])
@@ -224,3 +241,12 @@ def test_kernels_agree_with_their_twins_on_a_gpu() -> None:
         pytest.skip(reason)
     # Triton multiplies float32 matrices in TF32 (10 bits of mantissa) unless told otherwise.
     assert kernels.compare_backends(device) < 5e-3
+    inputs = [
+        value.to(device) for value in scan_inputs(length=600, heads=4, headdim=32, d_state=16, dtype=torch.float32)
+    ]
+    x, dt, A, B, C, D = inputs
+    state, parts = torch.zeros(2, 4, 32, 16, device=device), []
+    for here in (slice(0, 512), slice(512, 600)):
+        y, state = scan_on(x[:, here], dt[:, here], A, B[:, here], C[:, here], D, state, backend="cuda")
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), chunked_scan(*inputs), rtol=5e-3, atol=5e-3)

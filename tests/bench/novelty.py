@@ -20,9 +20,9 @@ ACCURATE = ["diffusion.condition=accuracy", *SHORT]
 
 VARIATIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "as in the recipe": {},
-    "without alignment": {"tokenize": ["tokens.align=none"]},
     "PCA": PCA,
     "PCA, 500 steps": {**PCA, "train-diffusion": SHORT},
+    "PCA, 500 steps, without alignment": {"tokenize": ["tokens.align=none"], **PCA, "train-diffusion": SHORT},
     "PCA, 500 steps, temperature 1.1": {**PCA, "train-diffusion": SHORT, "generate": ["generate.temperature=1.1"]},
     "PCA, 500 steps, temperature 1.2": {**PCA, "train-diffusion": SHORT, "generate": ["generate.temperature=1.2"]},
     "PCA, 500 steps, 600 networks": {"collect": ["collect.num_networks=600"], **PCA, "train-diffusion": SHORT},
