@@ -340,15 +340,16 @@ class Draft:
             self._records[name] = FileRecord(size=_plain_size(path), sha256=_hash(path))
         return path
 
-    def save_tensors(self, name: str, tensors: Mapping[str, Tensor], header: object = None) -> None:
-        """Write a safetensors file; `header` becomes its single metadata entry."""
-        write_tensors(self.path / name, tensors, header)
-        self.add(name)
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write a safetensors file."""
+        with self.saving_tensors(name, tensors) as append:
+            for key, value in tensors.items():
+                append(key, value)
 
     @contextmanager
     def saving_tensors(self, name: str, like: Mapping[str, Tensor]) -> Iterator[Callable[[str, Tensor], None]]:
         """Write a safetensors file piece by piece, see `writing_tensors`."""
-        with writing_tensors(self.path / name, like) as append:
+        with writing_tensors(self.path / name, like, sync=False) as append:
             yield append
         self.add(name)
 
@@ -530,7 +531,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: object = No
 
 @contextmanager
 def writing_tensors(
-    path: Path, like: Mapping[str, Tensor], header: object = None
+    path: Path, like: Mapping[str, Tensor], header: object = None, *, sync: bool = True
 ) -> Iterator[Callable[[str, Tensor], None]]:
     """`write_tensors` piece by piece, so that no more than a piece is in memory.
 
@@ -538,6 +539,7 @@ def writing_tensors(
         path: Of the file; it is there once all is written.
         like: Names, shapes and dtypes of the tensors; `meta` will do.
         header: The metadata entry.
+        sync: Wait for the disk before it is there; not needed where `Draft.add` does.
 
     Yields:
         `append(name, values)`: what comes next of a tensor, in its order and dtype. All must be filled in the end.
@@ -566,7 +568,8 @@ def writing_tensors(
         yield append
         assert places == ends, "a tensor is not whole"
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
 
 
 def write_bytes(path: Path, content: bytes) -> None:

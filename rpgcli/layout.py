@@ -141,7 +141,8 @@ class Layout:
         if flat.shape[-1] != self.num_parameters:
             raise LayoutError(f"{flat.shape[-1]} values do not fit a layout of {self.num_parameters}.")
         rows = Rows(self)
-        return torch.cat([rows.add(values) for values in flat.split([spec.numel for spec in self.generated], -1)], -2)
+        parts = flat.split([spec.numel for spec in self.generated], -1)
+        return torch.cat([block for values in parts for block in rows.add(values)], -2)
 
     def ungrid(self, tokens: Tensor) -> Tensor:
         """Inverse of `grid`: (..., L, D) to (..., P); padding is ignored."""
@@ -283,20 +284,26 @@ class Rows:
         self.layout, self.fill, self.num_added = layout, fill, 0
         self.rest: Tensor | None = None  # (..., less than D), of a token that the next tensor goes on filling
 
-    def add(self, values: Tensor) -> Tensor:
-        """The tokens that the next tensor completes, (..., r, D), from its values (..., numel)."""
+    def add(self, values: Tensor) -> list[Tensor]:
+        """The tokens that the next tensor completes, blocks of (..., r, D), from its values (..., numel).
+
+        What fills whole tokens is not copied.
+        """
         self.num_added += 1
-        width = self.layout.token_dim
-        if self.layout.granularity == "flat":
-            values = values if self.rest is None else torch.cat([self.rest, values], -1)
-            whole = values.shape[-1] // width * width
-            if self.num_added < len(self.layout.generated):
-                self.rest, values = values[..., whole:], values[..., :whole]
-        else:
-            width = self.layout.segments[self.num_added - 1].width
-        num_rows = -(-values.shape[-1] // width)
-        values = F.pad(values, (0, num_rows * width - values.shape[-1]), value=self.fill)
-        return F.pad(values.unflatten(-1, (num_rows, width)), (0, self.layout.token_dim - width), value=self.fill)
+        is_flat, goes_on = self.layout.granularity == "flat", self.num_added < len(self.layout.generated)
+        width = self.layout.token_dim if is_flat else self.layout.segments[self.num_added - 1].width
+        if self.rest is not None:
+            values = torch.cat([self.rest, values], -1)
+        num_whole = values.shape[-1] // width
+        whole, rest = values[..., : num_whole * width], values[..., num_whole * width :]
+        blocks = [whole.unflatten(-1, (num_whole, width))] if num_whole else []
+        if is_flat and goes_on:
+            self.rest = rest
+        elif rest.shape[-1]:
+            blocks.append(F.pad(rest, (0, width - rest.shape[-1]), value=self.fill)[..., None, :])
+        if width == self.layout.token_dim:
+            return blocks
+        return [F.pad(block, (0, self.layout.token_dim - width), value=self.fill) for block in blocks]
 
 
 def make_layout(
@@ -342,7 +349,8 @@ def make_layout(
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise a LayoutError if the tensor called `name` holds NaN or infinity."""
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+    # The sum of finite values may overflow, but that of others is never finite; it needs no memory.
+    if tensor.is_floating_point() and not (bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())):
         raise LayoutError(f"{name} holds NaN or infinity.", "Remove that network from the zoo, or collect it again.")
 
 

@@ -5,13 +5,14 @@
 Statistics are taken over the seen checkpoints in float64, pooled (one mean and one deviation over everything counted),
 with a floor, so that a coordinate that never varies neither divides by zero nor drifts: it is generated as its mean.
 Tokens are stored before standardisation, which is applied when they are loaded. Each checkpoint is read once, tensor by
-tensor, and statistics come from what was stored, a few tensors of all checkpoints at a time: memory depends neither on
-the size of the networks nor on their number.
+tensor, and statistics come from what was stored, one tensor of all checkpoints at a time: memory depends neither on the
+size of the networks nor on their number.
 
 Letters: N checkpoints, L = num_tokens, D = token_dim, P generated parameters.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -21,7 +22,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from rpgcli.alignment import Group
-from rpgcli.artifact import Artifact, Draft, read_tensors
+from rpgcli.artifact import Artifact, Draft, read_tensors, writing_tensors
 from rpgcli.config import Config
 from rpgcli.errors import ArtifactError, LayoutError, RecipeError
 from rpgcli.layout import DTYPES, Granularity, Layout, Rows, check_finite
@@ -37,8 +38,8 @@ SHARED = "shared.safetensors"
 """The tensors that are the same in all networks, once."""
 STATISTICS = "statistics.safetensors"
 """What standardisation needs."""
-BLOCK_VALUES = 2**22
-"""Values of a network whose moments are computed together: 32 MiB each of four numbers in float64."""
+BLOCK_VALUES = 2**18
+"""Values of all checkpoints whose moments are computed together: 2 MiB in float64, which stay in the cache."""
 SHARD_BYTES = 256 * 2**20
 """A shard of the token store holds as many whole checkpoints as fit here (at least one)."""
 VARIANCE_SHARE, VARIANCE_SHIFT, VARIANCE_MIN = 0.95, 0.05, 1e-3
@@ -107,26 +108,16 @@ class Statistics:
         return vars(self)
 
 
-class Moments:
-    """Streaming mean and deviation of (P,) vectors in float64, shifted by the first one to keep digits."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def update(self, flat: Tensor) -> None:
-        """Count one checkpoint, (P,)."""
-        if self.count == 0:
-            self.shift = flat.double()
-            self.sum, self.squares = torch.zeros_like(self.shift), torch.zeros_like(self.shift)
-        difference = flat.double() - self.shift
-        self.sum += difference
-        self.squares.addcmul_(difference, difference)
-        self.count += 1
-
-    def mean_and_variance(self) -> tuple[Tensor, Tensor]:
-        """(P,) each, over all checkpoints counted; float64."""
-        offset = self.sum / self.count
-        return self.shift + offset, (self.squares / self.count - offset.square()).clamp(min=0)
+def moments(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each coordinate of N rows (P,), (P,) each in float64; a block of coordinates at a time."""
+    (num_values,) = rows[0].shape
+    mean, variance = (torch.empty(num_values, dtype=torch.float64) for _ in range(2))
+    size = max(1, BLOCK_VALUES // len(rows))
+    for here in (slice(start, start + size) for start in range(0, num_values, size)):
+        x = torch.stack([row[here] for row in rows]).double()  # (N, p)
+        torch.mean(x, 0, out=mean[here])
+        torch.mean(x.sub_(mean[here]).square_(), 0, out=variance[here])
+    return mean, variance
 
 
 def standardisation(mean: Tensor, variance: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,49 +131,34 @@ def standardisation(mean: Tensor, variance: Tensor, how: str) -> tuple[Tensor, T
     Returns:
         Mean, scale and whether it varies, of each element.
     """
-    if how == "none":
-        return torch.zeros_like(mean).float(), torch.ones_like(mean).float(), torch.ones_like(mean).bool()
-    off = mean - mean[0]  # Keeps digits, and is exactly zero where all elements are equal.
-    deviation = (variance + (off - off.mean()).square()).mean().sqrt()  # Over elements and checkpoints.
     varies = variance > 0
+    if how == "none":
+        return torch.zeros_like(mean).float(), torch.ones_like(mean).float(), torch.ones_like(varies)
+    spread = (mean - mean[0]).var(correction=0)  # Keeps digits, and is exactly zero where all elements are equal.
+    deviation = (variance.mean() + spread).sqrt()  # Over elements and checkpoints.
     if how == "layer":
-        scale = deviation.clamp(min=ABSOLUTE_FLOOR).expand_as(mean)
-        return torch.where(varies, mean.mean(), mean).float(), scale.float(), varies
+        scale = deviation.clamp(min=ABSOLUTE_FLOOR).float().expand(len(mean))
+        return torch.where(varies, mean.mean(), mean).float(), scale, varies
     floor = max(FLOOR * float(deviation), SMALLEST_SCALE) if deviation > 0 else ABSOLUTE_FLOOR
-    return mean.float(), variance.sqrt().clamp(min=floor).float(), varies
+    return mean.float(), variance.sqrt_().clamp_(min=floor).float(), varies
 
 
 def write_statistics(
     draft: Draft, checkpoints: Sequence[Tensor], layout: Layout, how: str, references: Tensor
 ) -> Statistics:
-    """Statistics of checkpoints, (L, D) each, a few tensors of all of them at a time."""
-    grid, rows = torch.empty(layout.num_tokens, layout.token_dim, device="meta"), {}
+    """Statistics of checkpoints, (L, D) each, one tensor of all of them at a time."""
+    grid = torch.empty(layout.num_tokens, layout.token_dim, device="meta")
     like = {"mean": grid, "scale": grid, "varies": grid.bool(), "references": references, "raw": torch.tensor(False)}
     rows = {"mean": Rows(layout), "scale": Rows(layout, fill=1.0), "varies": Rows(layout)}
     with draft.saving_tensors(STATISTICS, like) as append:
         append("references", references)
         append("raw", torch.tensor(how == "none"))
-        for part in parts(layout):
-            moments = Moments()
-            for tokens in checkpoints:
-                moments.update(torch.cat([layout.of_tensor(tokens, i) for i in part]))
-            sizes = [layout.generated[i].numel for i in part]
-            means, variances = moments.mean_and_variance()
-            for mean, variance in zip(means.split(sizes), variances.split(sizes)):
-                for name, values in zip(rows, standardisation(mean, variance, how)):
-                    append(name, rows[name].add(values))
+        for i in range(len(layout.generated)):
+            of_tensor = moments([layout.of_tensor(tokens, i) for tokens in checkpoints])
+            for name, values in zip(rows, standardisation(*of_tensor, how)):
+                for block in rows[name].add(values):
+                    append(name, block)
     return Statistics(**read_tensors(draft.path / STATISTICS))
-
-
-def parts(layout: Layout) -> Iterator[range]:
-    """Numbers of generated tensors whose moments are computed together: neither too many values nor too few."""
-    first, size = 0, 0
-    for i, spec in enumerate(layout.generated):
-        if i > first and size + spec.numel > BLOCK_VALUES:
-            yield range(first, i)
-            first, size = i, 0
-        size += spec.numel
-    yield range(first, len(layout.generated))
 
 
 # --- one checkpoint ---------------------------------------------------------------------------------------------------
@@ -291,34 +267,28 @@ def write_store(
     """
     per_shard = max(1, SHARD_BYTES // (4 * layout.num_tokens * layout.token_dim))
     references, shared = torch.zeros(0), dict[str, Tensor]()
-    every = enumerate(states)
-    shards = []
-    for first in range(0, num_states, per_shard):
-        size = min(per_shard, num_states - first)
-        like = {"tokens": torch.empty(size, layout.num_tokens, layout.token_dim, device="meta")}
-        for spec in layout.constants:
-            like[f"constant.{spec.name}"] = torch.empty(size, *spec.shape, dtype=DTYPES[spec.dtype], device="meta")
-        name = f"tokens-{first // per_shard:05d}.safetensors"
-        with draft.saving_tensors(name, like) as append:
-            for i, state in islice(every, size):
-                layout.check(state)
-                if i == 0:
-                    references = variance_references(state, layout)
-                    shared = keep_shared(draft, state, layout)
-                for frozen, value in shared.items():
-                    if state[frozen] is not value and not torch.equal(state[frozen], value):
-                        raise LayoutError(
-                            f"{frozen} is frozen but not the same in all networks.",
-                            "Collect them from one base network.",
-                        )
-                rows = Rows(layout)
-                for spec, unit in zip(layout.generated, units(layout, references)):
-                    values = state[spec.name].reshape(-1).float()
-                    append("tokens", rows.add(to_logarithm(values, unit)))
-                for spec in layout.constants:
-                    append(f"constant.{spec.name}", state[spec.name])
-                on_step(Step(i + 1, num_states, unit="checkpoint"))
-        shards.append(read_tensors(draft.path / name)["tokens"])
+    every, names = enumerate(states), list[str]()
+    with ThreadPoolExecutor(1) as aside:  # Syncs and hashes a shard while the next one is written.
+        added = []
+        for first in range(0, num_states, per_shard):
+            size = min(per_shard, num_states - first)
+            like = {"tokens": torch.empty(size, layout.num_tokens, layout.token_dim, device="meta")}
+            for spec in layout.constants:
+                like[f"constant.{spec.name}"] = torch.empty(size, *spec.shape, dtype=DTYPES[spec.dtype], device="meta")
+            names.append(f"tokens-{first // per_shard:05d}.safetensors")
+            with writing_tensors(draft.path / names[-1], like, sync=False) as append:
+                for i, state in islice(every, size):
+                    layout.check(state)
+                    if i == 0:
+                        references = variance_references(state, layout)
+                        shared = keep_shared(draft, state, layout)
+                    check_shared(state, shared)
+                    append_tokens(append, state, layout, references)
+                    on_step(Step(i + 1, num_states, unit="checkpoint"))
+            added.append(aside.submit(draft.add, names[-1]))
+        for done in added:
+            done.result()
+    shards = [read_tensors(draft.path / name)["tokens"] for name in names]
     checkpoints = [tokens for shard in shards for tokens in shard]
     statistics = write_statistics(draft, checkpoints, layout, config.standardise, references)
     if not statistics.varies.any():
@@ -328,6 +298,27 @@ def write_store(
         )
     draft.save_json("layout.json", layout.to_json())
     return statistics
+
+
+def append_tokens(
+    append: Callable[[str, Tensor], None], state: Mapping[str, Tensor], layout: Layout, references: Tensor
+) -> None:
+    """Write one checkpoint to a shard, one tensor after another."""
+    rows = Rows(layout)
+    for spec, unit in zip(layout.generated, units(layout, references)):
+        for block in rows.add(to_logarithm(state[spec.name].reshape(-1).float(), unit)):
+            append("tokens", block)
+    for spec in layout.constants:
+        append(f"constant.{spec.name}", state[spec.name])
+
+
+def check_shared(state: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> None:
+    """Raise a LayoutError unless a checkpoint has the tensors that all share."""
+    for name, value in shared.items():
+        if state[name] is not value and not torch.equal(state[name], value):
+            raise LayoutError(
+                f"{name} is frozen but not the same in all networks.", "Collect them from one base network."
+            )
 
 
 def keep_shared(draft: Draft, state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:

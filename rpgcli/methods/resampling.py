@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from rpgcli import rng
-from rpgcli.tokens import Moments, TokenStore
+from rpgcli.tokens import TokenStore
 
 BLOCK_VALUES = 2**23
 """Values of checkpoints held at once where several are needed."""
@@ -42,6 +42,28 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, i: int, /) -> Tensor: ...
+
+
+class Moments:
+    """Streaming mean and deviation of (P,) vectors in float64, shifted by the first one to keep digits."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def update(self, flat: Tensor) -> None:
+        """Count one checkpoint, (P,)."""
+        if self.count == 0:
+            self.shift = flat.double()
+            self.sum, self.squares = torch.zeros_like(self.shift), torch.zeros_like(self.shift)
+        difference = flat.double() - self.shift
+        self.sum += difference
+        self.squares.addcmul_(difference, difference)
+        self.count += 1
+
+    def mean_and_variance(self) -> tuple[Tensor, Tensor]:
+        """(P,) each, over all checkpoints counted; float64."""
+        offset = self.sum / self.count
+        return self.shift + offset, (self.squares / self.count - offset.square()).clamp(min=0)
 
 
 Fresh = Callable[[torch.Generator], Tensor]

@@ -41,15 +41,16 @@ def rpg(*arguments: object) -> dict[str, Any]:
 
 def run(folder: Path, zoo: Path, changes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """All stages of a variation, on the recipe's zoo unless it changes that; its report."""
+    of_zoo: list[object] = ["--zoo", zoo]
     if "collect" in changes:
-        zoo = folder / "zoo"
+        of_zoo = []
         rpg("collect", RECIPE, *settings(changes["collect"]), "--run", folder)
-    rpg("tokenize", RECIPE, *settings(changes.get("tokenize", ())), "--run", folder, "--zoo", zoo)
+    rpg("tokenize", *([RECIPE] if of_zoo else []), *settings(changes.get("tokenize", ())), "--run", folder, *of_zoo)
     rpg("train-ae", *settings(changes.get("train-ae", ())), "--run", folder)
     # Whatever comes of it is reported.
     rpg("train-diffusion", "--allow-bad", *settings(changes.get("train-diffusion", ())), "--run", folder)
     made = rpg("generate", *settings(changes.get("generate", ())), "--run", folder)
-    rpg("evaluate", "--request", Path(made["path"]).name, "--run", folder, "--zoo", zoo)
+    rpg("evaluate", "--request", Path(made["path"]).name, "--run", folder, *of_zoo)
     found: dict[str, Any] = json.loads((folder / "report" / "report.json").read_text())
     return found
 
