@@ -14,20 +14,19 @@ from pathlib import Path
 from typing import Any
 
 RECIPE = "pdiff-digits-mlp3"
-PCA = {"train-ae": ["autoencoder.network.kind=pca", "autoencoder.network.latent_dim=128"]}
-SHORT = ["diffusion.training.num_steps=500"]
-ACCURATE = ["diffusion.condition=accuracy", *SHORT]
-
 VARIATIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "as in the recipe": {},
-    "PCA": PCA,
-    "PCA, 500 steps": {**PCA, "train-diffusion": SHORT},
-    "PCA, 500 steps, without alignment": {"tokenize": ["tokens.align=none"], **PCA, "train-diffusion": SHORT},
-    "PCA, 500 steps, temperature 1.1": {**PCA, "train-diffusion": SHORT, "generate": ["generate.temperature=1.1"]},
-    "PCA, 500 steps, temperature 1.2": {**PCA, "train-diffusion": SHORT, "generate": ["generate.temperature=1.2"]},
-    "PCA, 500 steps, 600 networks": {"collect": ["collect.num_networks=600"], **PCA, "train-diffusion": SHORT},
-    "PCA, 500 steps, asked for 0.97": {**PCA, "train-diffusion": ACCURATE, "generate": ["--accuracy", "0.97"]},
-}
+    "temperature 1.1": {"generate": ["generate.temperature=1.1"]},
+    "temperature 1.2": {"generate": ["generate.temperature=1.2"]},
+    "temperature 1.3": {"generate": ["generate.temperature=1.3"]},
+    "2000 steps": {"train-diffusion": ["diffusion.training.num_steps=2000"]},
+    "without alignment": {"tokenize": ["tokens.align=none"]},
+    "convolutional autoencoder": {
+        "train-ae": ["autoencoder.network={kind: conv}"], "train-diffusion": ["diffusion.training.num_steps=2000"]
+    },
+    "600 networks": {"collect": ["collect.num_networks=600"]},
+    "asked for 0.97": {"train-diffusion": ["diffusion.condition=accuracy"], "generate": ["--accuracy", "0.97"]},
+}  # fmt: skip
 """Name -> stage -> settings, or options of the command."""
 
 
@@ -45,7 +44,8 @@ def run(folder: Path, zoo: Path, changes: Mapping[str, Sequence[str]]) -> dict[s
     if "collect" in changes:
         of_zoo = []
         rpg("collect", RECIPE, *settings(changes["collect"]), "--run", folder)
-    rpg("tokenize", *([RECIPE] if of_zoo else []), *settings(changes.get("tokenize", ())), "--run", folder, *of_zoo)
+    recipe = [] if (folder / "recipe.json").exists() else [RECIPE]
+    rpg("tokenize", *recipe, *settings(changes.get("tokenize", ())), "--run", folder, *of_zoo)
     rpg("train-ae", *settings(changes.get("train-ae", ())), "--run", folder)
     # Whatever comes of it is reported.
     rpg("train-diffusion", "--allow-bad", *settings(changes.get("train-diffusion", ())), "--run", folder)
