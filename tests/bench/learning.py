@@ -21,7 +21,7 @@ from tests.bench.measuring import Figure, Row, Setting, Side, at_least, in_turn,
 from tests.bench.untrained import CPU
 from tests.helpers import token_store
 
-COMPOSITIONS = {"default": "digits-tasks", "paper": "digits-tasks-paper"}
+COMPOSITIONS = {"default": "digits-demo", "paper": "digits-tasks-paper"}
 """Ours and the paper's, at the same d_model: recipes."""
 BITS = Condition("task-bits", 10)
 
