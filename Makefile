@@ -1,7 +1,7 @@
 # make demo   the whole pipeline on handwritten digits (makes .venv first)
 # make test   the tests (makes .venv first)
 # make report what RPG and p-diff make of handwritten digits, each as a page with pictures
-# make torture  kills, failing disks, damage, hostile files, races and signals by the hundred (half an hour, two cores)
+# make torture  kills, failing disks, damage, hostile files, races and signals by the hundred (long)
 # make bench  speed and memory of every stage as ratios to the obvious alternative (20 minutes, two cores, 25 GB of disk)
 # make coverage  the tests, and the share of the package's lines that they run
 # make check  formatting, lint, types

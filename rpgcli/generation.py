@@ -14,7 +14,6 @@ one block, M = width of a prototype.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Protocol
 
@@ -32,6 +31,7 @@ from rpgcli.methods import LEARNED, METHODS, SHORT
 from rpgcli.samplers import DdimConfig, Denoised, SamplerConfig
 from rpgcli.samplers import sample as denoise
 from rpgcli.tokens import Statistics, detokenized
+from rpgcli.training import autocast
 
 MANY = 20
 """Networks of a model without tasks, if nobody says how many: one would say nothing of its distribution."""
@@ -285,11 +285,6 @@ class Generator:
 def rows_at_once(width: int) -> int:
     """Rows r of a block."""
     return max(1, BLOCK_VALUES // width)
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Compute in `dtype` where that is safe; nothing changes for float32."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------

@@ -209,14 +209,6 @@ class Layout:
             spec.name: part.view(spec.shape).to(DTYPES[spec.dtype]).clone() for spec, part in zip(self.generated, parts)
         }
 
-    def unflatten(self, flat: Tensor, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict from P values and the constant tensors; each tensor in its own dtype and order."""
-        pieces = self.pieces(flat)
-        return {
-            spec.name: pieces[spec.name] if spec.role == "generated" else constants[spec.name].clone()
-            for spec in self.specs
-        }
-
     def check(self, state: Mapping[str, Tensor]) -> None:
         """Raise a LayoutError unless `state` has exactly this layout's names, shapes and dtypes, all finite.
 

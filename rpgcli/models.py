@@ -28,7 +28,7 @@ from rpgcli.methods.rpg import RPG, RpgConfig
 from rpgcli.problem import Problem, ProblemConfig
 from rpgcli.progress import OnStep
 from rpgcli.subsets import Tail
-from rpgcli.tokens import Statistics, TokenStore
+from rpgcli.tokens import STATISTICS, Statistics, TokenStore
 
 STAGE_OF = {"rpg": ("rpg", "train-rpg"), "pdiff": ("diffusion", "train-diffusion")}
 """Folder and stage of each learned method's model."""
@@ -199,7 +199,7 @@ def sampling_of(trained: Artifact, config: GenerateConfig) -> Sampling:
 
 def save_target(draft: Draft, store: TokenStore) -> None:
     """Keep beside a model what turns its tokens into networks, so that its folder is enough to generate."""
-    draft.save_tensors("statistics.safetensors", store.statistics.tensors())
+    draft.save_tensors(STATISTICS, store.statistics.tensors())
     draft.save_tensors("constants.safetensors", store.constants(0))
     draft.save_json("layout.json", store.layout.to_json())
 
@@ -239,7 +239,7 @@ def read_model(method: str, trained: Artifact, device: torch.device) -> Model:
             model = LatentDiffusion(config, latent_dim=facts["autoencoder"]["latent_dim"], num_features=num_features)
         autoencoder = load_autoencoder(facts["autoencoder"], trained.tensors("autoencoder.safetensors"), device)
     model.load_state_dict(trained.tensors("model.safetensors"), strict=True, assign=True)
-    statistics = Statistics(**trained.tensors("statistics.safetensors"))
+    statistics = Statistics(**trained.tensors(STATISTICS))
     constants = trained.tensors("constants.safetensors")
     return assemble(model.to(device), autoencoder, condition, facts["num_states"], layout, statistics, constants)
 

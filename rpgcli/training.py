@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
 
@@ -256,6 +256,11 @@ class Trainer:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Compute in `dtype` where that is safe; nothing changes for float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
 def fit(
     model: Model,
     loss: Callable[[int], Tensor | Iterator[Tensor]],
@@ -313,16 +318,16 @@ def fit(
     ranks.agree({"checkpoint at step": str(trainer.step)})
     ranks.copy_first(model.state_dict().values())  # Another kind of processor may have drawn other last bits.
     device = next(model.parameters()).device
-    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    context = autocast(device, dtype)
 
     def parts(step: int) -> Iterator[Tensor]:
-        with autocast:
+        with context:
             value = loss(step)
         if isinstance(value, Tensor):
             yield value
             return
         while True:
-            with autocast:  # Not around the whole loop: the backward pass between two parts runs without it.
+            with context:  # Not around the whole loop: the backward pass between two parts runs without it.
                 part = next(value, None)
             if part is None:
                 return

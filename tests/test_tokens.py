@@ -174,8 +174,8 @@ def test_the_layer_mode_pools_over_elements_and_checkpoints(tmp_path):
     states = offset_networks(5)
     store = token_store(tmp_path / "t", states, token_dim=8, standardise="layer")
     everything = {name: np.stack([s[name].double().numpy() for s in states]) for name in ("a", "b")}
-    mean = store.layout.unflatten(store.layout.ungrid(store.statistics.mean), {})
-    scale = store.layout.unflatten(store.layout.ungrid(store.statistics.scale), {})
+    mean = store.layout.pieces(store.layout.ungrid(store.statistics.mean))
+    scale = store.layout.pieces(store.layout.ungrid(store.statistics.scale))
     for name, values in everything.items():
         np.testing.assert_allclose(mean[name], values.mean(), rtol=1e-6)
         np.testing.assert_allclose(scale[name], values.std(), rtol=1e-6)
@@ -190,7 +190,7 @@ def test_a_deviation_is_at_least_a_thousandth_of_its_tensor_s(tmp_path):
     states[0]["w"][1] = 6.000001  # varies, by less than a thousandth of the pooled deviation
     store = token_store(tmp_path / "t", states, token_dim=8)
     rows = np.stack([s["w"].double().numpy() for s in states])
-    scale = store.layout.unflatten(store.layout.ungrid(store.statistics.scale), {})
+    scale = store.layout.pieces(store.layout.ungrid(store.statistics.scale))
     np.testing.assert_allclose(scale["w"][0], 1.0, rtol=1e-6)
     np.testing.assert_allclose(scale["w"][1:], 1e-3 * rows.std(), rtol=1e-6)  # pooled over all twelve values
     np.testing.assert_allclose(scale["still"], 1e-6, rtol=1e-6)

@@ -1,10 +1,8 @@
 """Artifacts of the real kinds and sizes whose values are random: zoos nobody trained, models nobody trained."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -91,29 +89,16 @@ def random_model(folder: Path, recipe: Recipe) -> Artifact:
 
 
 def write_random(path: Path, tensors: Mapping[str, Tensor], number: int) -> None:
-    """Write float32 tensors of these shapes in the format of safetensors, a piece at a time.
+    """Write float32 tensors of these shapes, a piece at a time.
 
     Matrices are uniform with deviation 1 / sqrt(inputs), all else uniform with a mean of 1, so that a model of these
     weights has outputs of order 1.
     """
-    header: dict[str, object] = {"__metadata__": {"rpg": artifact.canonical(None).decode()}}
-    end = 0
-    for name, value in tensors.items():
-        assert value.dtype == torch.float32, f"{name} is {value.dtype}"
-        begin, end = end, end + 4 * value.numel()
-        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     generator = rng.stream(0, "bench", path.name, number)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for value in tensors.values():
-            fan_in = value[0].numel() if value.dim() > 1 else 1
-            draw(file, value.numel(), 0.0 if value.dim() > 1 else 1.0, (3 / fan_in) ** 0.5, generator)
-
-
-def draw(file: BinaryIO, num: int, mean: float, width: float, generator: torch.Generator) -> None:
-    """Write `num` values that are uniform between `mean` - `width` and `mean` + `width`."""
-    for first in range(0, num, VALUES_AT_ONCE):
-        values = torch.empty(min(VALUES_AT_ONCE, num - first))
-        file.write(values.uniform_(mean - width, mean + width, generator=generator).numpy().data)
+    with artifact.writing_tensors(path, tensors, sync=False) as append:
+        for name, like in tensors.items():
+            fan_in = like[0].numel() if like.dim() > 1 else 1
+            mean, width = 0.0 if like.dim() > 1 else 1.0, (3 / fan_in) ** 0.5
+            for first in range(0, like.numel(), VALUES_AT_ONCE):
+                values = torch.empty(min(VALUES_AT_ONCE, like.numel() - first))
+                append(name, values.uniform_(mean - width, mean + width, generator=generator))
