@@ -15,7 +15,8 @@ from torch import Tensor
 from rpgcli import artifact, rng
 from rpgcli.artifact import Artifact, Draft
 from rpgcli.autoencoder import Autoencoder
-from rpgcli.conditions import Asked, Condition, parse_state
+from rpgcli.conditions import Condition, parse_state
+from rpgcli.cores.none import NoCore
 from rpgcli.errors import ArtifactError, UsageError, nearest
 from rpgcli.evaluation import EvaluateConfig
 from rpgcli.evaluation.audit import answering_store
@@ -117,13 +118,13 @@ def open_model(source: Source, config: GenerateConfig, device: torch.device, dty
     sampling = sampling_of(trained, config)
     model = read_model(source.method, trained, device)
     generator = Generator(model, dtype)
-    state = parse_state(config.state, model.num_states)
-    if model.condition is None and state is not None and isinstance(model.method, RPG):
-        generator.prototypes(Asked(), state)
-        del model.method.core  # These are all that will be asked for.
+    is_single = model.condition is None and parse_state(config.state, model.num_states) is not None
 
     def make(sample: Sample) -> tuple[Iterator[tuple[str, Tensor]], int]:
         blocks, chosen = generator.blocks(sample, sampling, seed=config.seed, state=config.state)
+        if is_single and isinstance(model.method, RPG):
+            generator.prototypes(sample.asked, chosen)
+            model.method.core = NoCore(model.method.core.d_model)  # These prototypes are all that will be asked for.
         return generator.tensors(blocks), chosen
 
     facts = {"sampling": sampling.model_dump(mode="json")}
