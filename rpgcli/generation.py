@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Protocol
 
 import torch
-from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from rpgcli import artifact, rng
@@ -30,6 +30,7 @@ from rpgcli.layout import Layout
 from rpgcli.methods import LEARNED, METHODS, SHORT
 from rpgcli.samplers import DdimConfig, Denoised, SamplerConfig
 from rpgcli.samplers import sample as denoise
+from rpgcli.tasks import other_tasks
 from rpgcli.tokens import Statistics, detokenized
 from rpgcli.training import autocast
 
@@ -73,6 +74,8 @@ class GenerateConfig(Config):
     """Permutation state: `random`, `none`, or a number."""
     num_seen: PositiveInt = 102
     """Seen tasks among the networks generated when no task is asked for."""
+    num_others: NonNegativeInt = 0
+    """Tasks among them that the zoo left out, even; they count as unseen."""
 
     def num_networks(self, *, has_tasks: bool) -> int:
         """Networks for each task, resolved."""
@@ -313,8 +316,9 @@ def condition_of(trained: Artifact) -> Condition | None:
 def default_request(source: Source, config: GenerateConfig) -> Request:
     """What a source is asked for when nobody says.
 
-    Task bits: all validation and unseen tasks and a sample of the seen. Labels and levels: each, and levels also
-    nothing. An accuracy: its mean, and a deviation below and above. An unconditional model: nothing.
+    Task bits: all validation and unseen tasks, some of the seen, and of those that the zoo left out. Labels and levels:
+    each, and levels also nothing. An accuracy: its mean, and a deviation below and above. An unconditional model:
+    nothing.
     """
     condition = source.condition
     count = config.num_networks(has_tasks=condition is not None and condition.kind == "task-bits")
@@ -324,6 +328,9 @@ def default_request(source: Source, config: GenerateConfig) -> Request:
         tasks = source.facts["tasks"]
         chosen = [Asked("seen", bits) for bits in tasks["seen"][: config.num_seen]]
         chosen += [Asked(split, bits) for split in ("validation", "unseen") for bits in tasks[split]]
+        if config.num_others:
+            known = [bits for side in tasks.values() for bits in side]
+            chosen += [Asked("unseen", bits) for bits in other_tasks(known, config.num_others)]
         return Request("tasks", chosen, count)
     if condition.kind == "label":
         return Request("labels", [Asked(label=label) for label in condition.labels], count)

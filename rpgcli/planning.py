@@ -501,6 +501,7 @@ def plan_evaluate(recipe: Recipe, known: Known) -> dict[str, Any]:
         return {"trained, seen": len(known.seen), "generated, all": count, **trivial, **images}
     splits = ("seen", "validation", "unseen")
     num_tasks = {s: len({n.task_bits for n in known.networks if n.split == s}) for s in splits}
+    num_tasks["unseen"] += config.num_others
     generated = num_tasks | {"seen": min(config.num_seen, num_tasks["seen"])}
     return {
         **{f"trained, {split}": known.num_trainings(split) for split in ("seen", "unseen")},

@@ -29,6 +29,7 @@ from rpgcli.methods import METHODS, SHORT
 from rpgcli.methods.rpg import RPG, RpgConfig, build
 from rpgcli.models import assemble
 from rpgcli.samplers import DdimConfig, DdpmConfig, DpmSolverConfig
+from rpgcli.tasks import complement
 from rpgcli.tokens import TokenStore
 from tests.helpers import State, draw, make, same_bits, token_store
 
@@ -281,6 +282,20 @@ def test_who_asks_a_model_of_tasks_for_nothing_gets_one_of_each_task(trained):
         Asked("seen", "0011"), Asked("seen", "0101"), Asked("validation", "1000"), Asked("unseen", "0110"),
         Asked("unseen", "1111"),
     ]  # fmt: skip
+
+
+def test_tasks_that_the_zoo_left_out_are_unseen_and_come_in_pairs(trained):
+    known = {bits for side in SIDES.values() for bits in side}
+    few, most = (default_request(trained(FOUR_BITS), GenerateConfig(num_others=n)).asked[len(known) :] for n in (2, 4))
+    assert most[:2] == few
+    assert {one.split for one in most} == {"unseen"}
+    bits = [str(one.task_bits) for one in most]
+    assert all(bits[i + 1] == complement(bits[i]) for i in range(0, 4, 2))
+    strange = known | {complement(task) for task in known} | {"0000", "1111"}
+    assert set(bits) == {format(code, "04b") for code in range(16)} - strange
+    for wrong, why in ((6, "6 other tasks cannot be drawn: 4 classes have 4"), (3, "3 other tasks")):
+        with pytest.raises(UsageError, match=why):
+            default_request(trained(FOUR_BITS), GenerateConfig(num_others=wrong))
 
 
 def test_a_task_that_is_asked_for_is_placed_on_its_side_of_the_split(trained):

@@ -158,9 +158,11 @@ def verdict(
     if remarks or what:
         sentence += f" ({'; '.join(filter(None, [what, *remarks]))})"
     if trained is not None and trained.accuracies:
-        gap = 100 * (generated.mean - trained.mean)
+        gap = 100 * compare(generated, trained).difference
         side = "below" if gap < 0 else "above"
-        sentence += f", {abs(gap):.2f} points {side} trained networks ({trained.mean:.4f})"
+        num = len(trained.by_task())
+        peers = f"networks trained for {num} of them" if num < len(tasks) else "trained networks"
+        sentence += f", {abs(gap):.2f} points {side} {peers} ({trained.mean:.4f})"
     baselines = [b for b in baselines if b.accuracies]
     all_are = dict.fromkeys((b.name for b in baselines), (True, OF_TASKS))
     comparisons = [compare(generated, b, *(comparable or all_are)[b.name]) for b in baselines]

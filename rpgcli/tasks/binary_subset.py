@@ -6,7 +6,8 @@ seen and unseen tasks therefore never part such a pair.
 Shapes: N images, C classes, B tasks.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -173,6 +174,29 @@ def split_tasks(
     tasks = [task for bits in first for task in (bits, complement(bits))]
     unseen, validation = tasks[:num_unseen], tasks[num_unseen : num_unseen + num_validation]
     return tasks[num_unseen + num_validation :], validation, unseen
+
+
+def other_tasks(known: Collection[str], num: int) -> list[str]:
+    """Draw tasks that are none of those known, complements next to each other; always the same ones.
+
+    Args:
+        known: At least one task; with each its complement counts as known.
+        num: How many; even.
+
+    Raises:
+        UsageError: If the number is odd, or there are fewer.
+    """
+    num_classes = len(next(iter(known)))
+    pairs = {min(task, complement(task)) for task in known} - {"0" * num_classes}
+    available = 2 * (2 ** (num_classes - 1) - 1 - len(pairs))
+    if num % 2 or num > available:
+        raise UsageError(
+            f"{num} other tasks cannot be drawn: {num_classes} classes have {available} that the zoo left out.",
+            "Ask for an even number of them at most: a task and its complement are one problem.",
+        )
+    codes = (format(code, f"0{num_classes}b") for code in _pair_codes(num_classes, seed=0))
+    first = islice((code for code in codes if min(code, complement(code)) not in pairs), num // 2)
+    return [task for bits in first for task in (bits, complement(bits))]
 
 
 def _pair_codes(num_classes: int, seed: int) -> Iterator[int]:
