@@ -120,9 +120,10 @@ def test_the_verdict_compares_with_trained_networks_task_by_task():
     """Four of six tasks have a trained network; the generated networks of the other two are worse."""
     generated = group("rpg", [0.96, 0.96, 0.95, 0.97, 0.50, 0.50], kind="generated")
     trained = replace(TRAINED, accuracies=TRAINED.accuracies[:4], tasks=TRAINED.tasks[:4])
-    assert "0.8067 on 6 unseen tasks, 2.00 points below networks trained for 4 of them (0.9800)" in verdict(
-        generated, trained, [WEAK]
-    )[0]
+    assert (
+        "0.8067 on 6 unseen tasks, 2.00 points below networks trained for 4 of them (0.9800)"
+        in verdict(generated, trained, [WEAK])[0]
+    )
 
 
 def test_the_verdict_when_it_is_no_better():
