@@ -34,7 +34,7 @@ from rpgcli.errors import ArtifactError, OutputError, RpgError, UsageError
 from rpgcli.problem import Problem, State
 from rpgcli.progress import OnStep, Step, in_phase
 from rpgcli.sharding import Block, Blocks, Shard, Share, merge
-from rpgcli.subsets import Tail, select_parameters
+from rpgcli.subsets import StackedTail, Tail, select_parameters
 from rpgcli.tasks import split_tasks
 from rpgcli.tokens import FLOOR
 from rpgcli.zoo import SHARED, Network
@@ -261,8 +261,12 @@ class Single:
         return [{name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}]
 
 
+Learner = Stacked | Single | Tail | StackedTail
+"""Networks that are trained together."""
+
+
 def train(
-    networks: Stacked | Single | Tail, labels: Tensor, feed: Feed, config: OptimiserConfig, *,
+    networks: Learner, labels: Tensor, feed: Feed, config: OptimiserConfig, *,
     save_at: Sequence[int], on_step: OnStep,
 ) -> list[Snapshot]:  # fmt: skip
     """Train networks side by side.

@@ -11,11 +11,13 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 from torch.nn.modules.conv import _ConvNd
 
 from rpgcli.errors import UsageError, nearest
@@ -219,14 +221,28 @@ class Tail:
         """Logits (1, B, O) of images (1, B, C, H, W), or of the training images with numbers (1, B)."""
         return (self.model(x[0]) if x.is_floating_point() else self.logits("train", x[0]))[None]
 
-    def logits(self, split: Split, index: Tensor) -> Tensor:
+    def logits(self, split: Split, index: Tensor | slice) -> Tensor:
         """Logits (B, O) of the images of a split at `index`, (B,), not augmented."""
-        if not self._kept:
-            return self.model(self.problem.images(split, index))  # type: ignore[no-any-return]
+        if isinstance(index, slice) and self.is_cut:  # Copied, for the network may change them in place.
+            return self.give([rows[index].clone() for rows in self.rows(split)])
+        if isinstance(index, slice):
+            index = torch.arange(index.start, index.stop)
+        if self.is_cut:
+            return self.give([rows[index] for rows in self.rows(split)])
+        return self.model(self.problem.images(split, index))  # type: ignore[no-any-return]
+
+    def rows(self, split: Split) -> list[Tensor]:
+        """What enters a cut tail for each image of a split, (n, ...) for each needed module."""
         if split not in self._rows:
             self._rows[split] = self._activations(split)
-        index = index.to(self.problem.device)
-        return self._give([rows[index] for rows in self._rows[split]])
+        return self._rows[split]
+
+    def num_at_once(self, batch_size: int, num: int) -> int:
+        """How many of `num` subsets `StackedTail` trains side by side on batches of so many images; 1: none."""
+        if not self.is_cut or not self._stacks:
+            return 1
+        values = sum(kept.computed[0].numel() for kept in self._kept if kept.needed)
+        return max(1, min(num, VALUES_AT_ONCE // (batch_size * values)))
 
     def snapshot(self) -> list[dict[str, Tensor]]:
         """The subset, copied."""
@@ -248,7 +264,7 @@ class Tail:
         for state in states:
             before = self.snapshot()[0]
             self.load(state)
-            logits = torch.cat([self.logits(split, i) for i in self._chunks(split)])
+            logits = torch.cat([self.logits(split, chunk) for chunk in self._chunks(split)])
             self.load(before)
             yield logits[None]
 
@@ -260,34 +276,50 @@ class Tail:
         """Fraction of images answered right with each of N subsets, (N,) float64; see `Problem.accuracy`."""
         return (self.predictions(states, split) == self.problem.labels(split, bits)).double().mean(1).cpu()
 
-    def _chunks(self, split: Split) -> tuple[Tensor, ...]:
+    def _chunks(self, split: Split) -> list[slice]:
         values = 8 * self.problem.dataset.channels * math.prod(self.problem.input_size)  # 8: a first layer's channels
-        index: tuple[Tensor, ...] = torch.arange(self._num_images(split)).split(max(1, VALUES_AT_ONCE // values))
-        return index
+        num, size = self._num_images(split), max(1, VALUES_AT_ONCE // values)
+        return [slice(first, min(first + size, num)) for first in range(0, num, size)]
 
     def _num_images(self, split: Split) -> int:
         return len(getattr(self.problem.dataset, split).labels)
 
     @torch.no_grad()
     def _activations(self, split: Split) -> list[Tensor]:
-        """What enters the tail for each image of a split, (n, ...) for each needed module."""
         parts = []
-        for index in self._chunks(split):
-            self.model(self.problem.images(split, index))
+        for chunk in self._chunks(split):
+            self.model(self.problem.images(split, torch.arange(chunk.start, chunk.stop)))
             parts.append([kept.computed for kept in self._kept if kept.needed])
         return [torch.cat(part) for part in zip(*parts)]
 
-    def _give(self, rows: Sequence[Tensor], x: Tensor | None = None) -> Tensor:
-        """Logits where the needed modules answer `rows`, (B, ...) each; nobody reads what the others answer."""
+    def give(self, rows: Sequence[Tensor], values: State | None = None, x: Tensor | None = None) -> Tensor:
+        """Logits where the needed modules answer `rows`, (B, ...) each; nobody reads what the others answer.
+
+        Args:
+            rows: Activations.
+            values: The subset, instead of its own.
+            x: The images (B, C, H, W), which nobody reads either.
+        """
         size, rest = len(rows[0]), iter(rows)
         if x is None:
             x = rows[0].new_empty(size, self.problem.dataset.channels, *self.problem.input_size)
         for kept in self._kept:
             kept.given = next(rest) if kept.needed else kept.computed.new_empty(size, *kept.computed.shape[1:])
-        logits: Tensor = self.model(x)
+        logits: Tensor = functional_call(self.model, dict(values or {}), x)
         for kept in self._kept:
             kept.given = None
         return logits
+
+    @cached_property
+    def _stacks(self) -> bool:
+        """Whether torch can vectorise what follows the activations; not, e.g., where it depends on values."""
+        probes = torch.arange(NUM_PROBES)[None]  # (1, B)
+        try:
+            StackedTail(self, [self._base, self._base]).outputs(probes)
+        except RuntimeError as error:
+            logger.info("subsets are trained one after another: %s", str(error).partition("\n")[0])
+            return False
+        return True
 
     @torch.enable_grad()
     def _explore(self) -> None:
@@ -335,7 +367,7 @@ class Tail:
         with torch.no_grad():
             self.model(x)
         leaves = [x.clone().requires_grad_(), *(kept.computed.requires_grad_() for kept in self._kept)]
-        logits = self._give([leaf.clone() for leaf in leaves[1:]], leaves[0])
+        logits = self.give([leaf.clone() for leaf in leaves[1:]], x=leaves[0])
         read: Sequence[Tensor | None] = torch.autograd.grad(logits.sum(), leaves, allow_unused=True)
         if read[0] is not None:
             return "the subset reads the images themselves"
@@ -349,7 +381,39 @@ class Tail:
         order = torch.arange(len(x)).flip(0).to(x.device)
         with torch.no_grad():
             self.load({name: 1.25 * value + 0.01 for name, value in self._base.items()})
-            found, expected = self._give([y[order] for y in needed]), self.model(x[order])
+            found, expected = self.give([y[order] for y in needed]), self.model(x[order])
             self.load(self._base)
         agree = torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))  # Rounding only.
         return "" if agree else "the network does not pass them on as they are"
+
+
+class StackedTail:
+    """N subsets as one, trained side by side: every parameter has a leading axis of N.
+
+    Args:
+        tail: What follows the activations, which must be kept.
+        states: Subsets as they start; other tensors are not looked at.
+    """
+
+    def __init__(self, tail: Tail, states: Sequence[State]) -> None:
+        self.tail, self.num = tail, len(states)
+        self.values = {
+            name: torch.stack([state[name] for state in states]).to(value.device).requires_grad_()
+            for name, value in tail.values.items()
+        }  # (N, ...)
+
+    def parameters(self) -> list[Tensor]:
+        """What is trained."""
+        return list(self.values.values())
+
+    def outputs(self, index: Tensor) -> Tensor:
+        """Logits (N, B, O) of the training images with numbers (G, B); a single row is for all networks."""
+        index = index.expand(self.num, -1)
+        rows = [kept[index] for kept in self.tail.rows("train")]  # (N, B, ...)
+        logits: Tensor = vmap(self.tail.give)(rows, self.values)
+        return logits
+
+    def snapshot(self) -> list[dict[str, Tensor]]:
+        """The subsets, copied."""
+        rows = {name: value.detach().cpu().clone() for name, value in self.values.items()}
+        return [{name: value[i] for name, value in rows.items()} for i in range(self.num)]

@@ -219,7 +219,7 @@ def detokenize(
         constants: Tensors that are not generated, by name.
 
     Returns:
-        State dict in the target's order, each tensor in its original dtype.
+        State dict in the target's order, each tensor in its original dtype; constants are not copied.
 
     Raises:
         LayoutError: If `tokens` is not (layout.num_tokens, layout.token_dim).
@@ -245,7 +245,7 @@ def detokenized(
             value = from_logarithm(next(values), next(unit_of))
             yield spec.name, value.view(spec.shape).to(DTYPES[spec.dtype])
         else:
-            yield spec.name, constants[spec.name].clone()
+            yield spec.name, constants[spec.name]
 
 
 # --- the token store --------------------------------------------------------------------------------------------------

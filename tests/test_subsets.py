@@ -13,7 +13,7 @@ from rpgcli.collection import Feed, Numbers, OptimiserConfig, train
 from rpgcli.errors import UsageError
 from rpgcli.problem import Problem
 from rpgcli.progress import silent
-from rpgcli.subsets import Tail, select_parameters
+from rpgcli.subsets import StackedTail, Tail, select_parameters
 from rpgcli.targets import CnnConfig, ConvNet3Config, Mlp3Config, TimmConfig
 from tests.helpers import State, tiny_problem
 
@@ -219,6 +219,44 @@ def test_a_subset_is_trained_as_by_a_plain_loop_over_the_frozen_network(target, 
     assert all(torch.equal(rest[name], base[name]) for name in base if name not in values)  # statistics as well
 
 
+@pytest.mark.parametrize("names", [["a", "b", "c"], ["a"] * 3], ids=["each its own images", "the same images"])
+@pytest.mark.parametrize(("target", "pattern"), CUT, ids=label)
+def test_subsets_side_by_side_are_trained_as_each_alone(target, pattern, names):
+    problem, _, tail = open_tail(target, pattern, num=20)
+    assert tail.num_at_once(8, 3) == 3
+    config = OptimiserConfig(epochs=1, batch_size=8, learning_rate=1e-2, optimiser="sgd", schedule="constant")
+    labels, starts = problem.labels("train", [None]), [changed(tail, seed) for seed in range(3)]
+    feed = Numbers(problem, 0, names)
+    (found,) = train(StackedTail(tail, starts), labels.expand(3, -1), feed, config, save_at=[3], on_step=silent)
+    for name, start, state in zip(names, starts, found.states):
+        tail.load(start)
+        (alone,) = train(tail, labels, Numbers(problem, 0, [name]), config, save_at=[3], on_step=silent)
+        for key, value in alone.states[0].items():
+            torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-5)  # float32 sums in another order
+        assert any(not torch.equal(value, start[key]) for key, value in alone.states[0].items())
+
+
+def test_subsets_that_cannot_be_vectorised_or_need_much_memory_are_trained_one_after_another(monkeypatch, caplog):
+    tail = open_tail(CnnConfig(), "linear:last")[2]
+    assert tail.num_at_once(8, 64) == 64
+    monkeypatch.setattr(subsets, "VALUES_AT_ONCE", 8 * 24 * 5)  # images, units before the head, subsets
+    assert tail.num_at_once(8, 64) == 5
+    assert open_tail(*WHOLE[0])[2].num_at_once(8, 64) == 1
+
+    branching = open_tail(Mlp3Config(hidden=(6,)), "linear:last")[2]
+    last = [module for module in branching.model.modules() if isinstance(module, nn.Linear)][-1]
+    compute = last.forward
+
+    def choose(x: Tensor) -> Tensor:
+        y: Tensor = compute(x)
+        return y if bool(y.sum() > 0) else -y
+
+    last.forward = choose  # type: ignore[method-assign, assignment]
+    with caplog.at_level(logging.INFO, "rpgcli.subsets"):
+        assert branching.num_at_once(8, 64) == 1
+    assert "one after another: " in caplog.text
+
+
 def test_activations_that_need_too_much_memory_are_not_kept_and_nothing_else_changes(monkeypatch, caplog):
     cut = open_tail(CnnConfig(), "linear:last")[2]
     num_bytes = 4 * 24 * 27  # float32, units before the head, images of three splits
@@ -286,7 +324,8 @@ def test_what_is_changed_in_place_is_kept_as_it_was(monkeypatch, name):
         state = changed(tail, seed)
         tail.load(state)
         expected = whole_logits(problem, {**base, **state}, torch.arange(9))
-        torch.testing.assert_close(tail.logits("validation", torch.arange(9)), expected, rtol=1e-5, atol=1e-6)
+        for index in (torch.arange(9), slice(0, 9), slice(0, 9)):
+            torch.testing.assert_close(tail.logits("validation", index), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 1)])

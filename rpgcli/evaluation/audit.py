@@ -179,7 +179,7 @@ class Auditor:
         seen: list[Seen] = []
         failed: list[str] = []
         for chunk in chunks(candidates, MEASURED_AT_ONCE if self.problem.config.target.batched else 1):
-            finite = [all(bool(value.isfinite().all()) for value in one.state.values()) for one in chunk]
+            finite = [self.is_finite(one.state) for one in chunk]
             found = iter(self.measured([one for one, is_finite in zip(chunk, finite) if is_finite], placed=placed))
             for candidate, is_finite in zip(chunk, finite):
                 one = next(found) if is_finite else None
@@ -188,6 +188,11 @@ class Auditor:
                 else:
                     seen.append(one)
         return Look(seen, failed)
+
+    def is_finite(self, state: State) -> bool:
+        """Whether no value is NaN or infinite; what all networks share is not looked at again."""
+        shared = self.store.shared
+        return all(value is shared.get(name) or bool(value.isfinite().all()) for name, value in state.items())
 
     def measured(self, candidates: Sequence[Candidate], *, placed: bool) -> Iterator[Seen | None]:
         """What is seen of finite networks; None where answers are not finite."""

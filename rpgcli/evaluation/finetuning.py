@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from rpgcli import rng
-from rpgcli.collection import Feed, Numbers, OptimiserConfig, Single, Stacked, train
+from rpgcli.collection import Feed, Learner, Numbers, OptimiserConfig, Single, Stacked, train
 from rpgcli.evaluation.audit import MEASURED_AT_ONCE
 from rpgcli.problem import Problem, State
 from rpgcli.progress import silent
-from rpgcli.subsets import Tail
+from rpgcli.subsets import StackedTail, Tail
 from rpgcli.tokens import TokenStore
 
 
@@ -20,7 +20,7 @@ def finetuned(
     problem: Problem, store: TokenStore, config: OptimiserConfig, *, tail: Tail | None, seed: int, count: int
 ) -> Iterator[State]:
     """`count` trained networks, drawn at random and trained a little further; of a zoo of subsets the subset alone."""
-    size = at_once(problem, tail)
+    size = at_once(problem, tail, config)
     for first in range(0, count, size):
         numbers = range(first, min(first + size, count))
         starts = [original(store, seed, i) for i in numbers]
@@ -46,15 +46,21 @@ def trained_on(
 
 def to_train(
     problem: Problem, starts: Sequence[State], names: Sequence[str], *, tail: Tail | None, seed: int
-) -> tuple[Stacked | Single | Tail, Feed]:
+) -> tuple[Learner, Feed]:
     """Networks as they start, ready to be trained side by side, and which images they see when."""
     if tail is not None:
+        feed = (Numbers if problem.config.dataset.augment == "none" else Feed)(problem, seed, names)
+        if len(starts) > 1:
+            return StackedTail(tail, starts), feed
         tail.load(starts[0])
-        return tail, (Numbers if problem.config.dataset.augment == "none" else Feed)(problem, seed, names)
+        return tail, feed
     networks = Stacked(problem, starts) if problem.config.target.batched else Single(problem, starts[0])
     return networks, Feed(problem, seed, names)
 
 
-def at_once(problem: Problem, tail: Tail | None, num: int = MEASURED_AT_ONCE) -> int:
+def at_once(problem: Problem, tail: Tail | None, config: OptimiserConfig, num: int = MEASURED_AT_ONCE) -> int:
     """How many of `num` networks are trained side by side: small ones many at once, others one after another."""
-    return min(num, MEASURED_AT_ONCE) if tail is None and problem.config.target.batched else 1
+    num = min(num, MEASURED_AT_ONCE)
+    if tail is not None:
+        return tail.num_at_once(config.batch_size, num) if problem.config.dataset.augment == "none" else 1
+    return num if problem.config.target.batched else 1

@@ -23,7 +23,7 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from rpgcli import rng
-from rpgcli.collection import START, Feed, OptimiserConfig, Single, Stacked, train
+from rpgcli.collection import START, Feed, Learner, OptimiserConfig, train
 from rpgcli.config import Config
 from rpgcli.evaluation.finetuning import at_once, to_train
 from rpgcli.evaluation.groups import standard_error
@@ -90,7 +90,7 @@ def compare_starts(
         tail = Tail(problem, zoo.state(zoo.networks[0]), [spec.name for spec in store.layout.generated])
     asked = [(s, start, task) for s in range(config.num_seeds) for start in starts.values() for task in tasks]
     rows: list[Tensor] = []
-    seconds, size = 0.0, at_once(problem, tail, len(starts) * len(tasks))
+    seconds, size = 0.0, at_once(problem, tail, training, len(starts) * len(tasks))
     for first in range(0, len(asked), size):
         block = asked[first : first + size]
 
@@ -213,7 +213,7 @@ def costs(zoo: Zoo, generated: Zoo) -> tuple[dict[str, float | None], dict[str, 
 
 
 def learn(
-    networks: Stacked | Single | Tail, feed: Feed, measured_by: Problem | Tail, starts: Sequence[State],
+    networks: Learner, feed: Feed, measured_by: Problem | Tail, starts: Sequence[State],
     tasks: Sequence[str | None], config: OptimiserConfig, on_step: OnStep,
 ) -> tuple[Tensor, float]:  # fmt: skip
     """Train the networks of a block and measure them after each epoch.
