@@ -298,6 +298,8 @@ def tensors_of(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             return {name: (entry.get_dtype(), tuple(entry.get_shape())) for name, entry in slices.items()}
     except SafetensorError as error:
         raise ArtifactError(f"{path} is not a safetensors file: {error}.") from None
+    except RuntimeError as error:  # torch could not map it: another process has just moved or cut it.
+        raise ArtifactError(f"{path} cannot be read: {error}.") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -305,7 +307,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     tensors_of(path)
     try:
         return load_file(path)
-    except SafetensorError as error:  # A dtype that torch does not have.
+    except (SafetensorError, RuntimeError) as error:  # A dtype that torch does not have; moved meanwhile.
         raise ArtifactError(f"{path} cannot be read: {error}.") from None
 
 

@@ -155,7 +155,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, AttributeError) as error:
+    except (SafetensorError, OSError, AttributeError, RuntimeError) as error:
         raise ArtifactError(f"{path} is not a safetensors file: {error}", "Is it truncated? Fetch it again.") from error
 
 

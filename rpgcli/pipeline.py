@@ -14,7 +14,7 @@ import platform
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -318,7 +318,8 @@ def states_of(zoo: Zoo, networks: Sequence[Network], layout: Layout) -> Iterator
             except LayoutError as error:
                 raise LayoutError(f"{zoo.artifact.path / network.file}: {error.what}", *error.advice) from None
             yield state
-            wait(coming)
+            for other in coming:
+                other.result()
 
 
 def target_of(zoo: Zoo) -> nn.Module:

@@ -572,6 +572,21 @@ def test_working_files_are_gone_after_the_commit(tmp_path):
     assert names(make(tmp_path / "zoo", body).path) == {"a.safetensors", "b.json", MANIFEST}
 
 
+@pytest.mark.parametrize("function", ["safe_open", "load_file"])
+def test_a_file_that_another_process_moves_while_it_is_read_is_a_problem_and_no_crash(tmp_path, monkeypatch, function):
+    """torch, which maps it, then raises a RuntimeError."""
+    path = make(tmp_path / "zoo", content(1.0)).path
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise RuntimeError("unable to open file in read-only mode: No such file or directory (2)")
+
+    monkeypatch.setattr(artifact, function, gone)
+    with pytest.raises(ArtifactError, match=r"a\.safetensors cannot be read: unable to open"):
+        artifact.read_tensors(path / "a.safetensors")
+    if function == "safe_open":
+        assert "cannot be read: unable to open" in verify(path)[1][0]
+
+
 def test_a_full_disk_is_one_clear_message_and_nothing_is_lost(tmp_path, monkeypatch):
     old = make(tmp_path / "zoo", content(1.0))
 

@@ -76,7 +76,7 @@ def test_every_call_of_the_commit_protocol_may_fail(tmp_path, record: Record, nu
 
 @pytest.mark.parametrize(
     ("name", "every"),
-    [("train-ae", 41), *(pytest.param(name, 1, marks=TORTURE) for name in BY_NAME)],
+    [("train-ae", 41), ("tokenize", 7), *(pytest.param(name, 1, marks=TORTURE) for name in BY_NAME)],
 )
 def test_every_call_of_a_stage_may_fail(reference: Reference, tmp_path, record: Record, monkeypatch, name, every):
     """Each with one of the errors in turn, and all three of them in the long test."""
