@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpgcli import artifact, rng
+from rpgcli import artifact
 from rpgcli.artifact import Artifact, Draft
 from rpgcli.autoencoder import Autoencoder
 from rpgcli.conditions import Condition, parse_state
 from rpgcli.cores.none import NoCore
+from rpgcli.diffusion import Diffusion
 from rpgcli.errors import ArtifactError, UsageError, nearest
 from rpgcli.evaluation import EvaluateConfig
 from rpgcli.evaluation.audit import answering_store
@@ -229,15 +230,17 @@ def read_model(method: str, trained: Artifact, device: torch.device) -> Model:
     autoencoder = None
     if method == "rpg":
         rpg = RpgConfig.model_validate_json(json.dumps(trained.section["rpg"]))
-        with rng.initialising(rpg.seed):
+        with torch.device("meta"):  # Weights are mapped from the file; none are drawn before.
             model = RPG(
                 rpg, *layout.indices(), token_dim=layout.token_dim,
                 num_features=num_features, num_states=facts["num_states"],
             )  # fmt: skip
+        model.diffusion = Diffusion(rpg.diffusion)
     else:
         config = LatentDiffusionConfig.model_validate_json(json.dumps(trained.section["diffusion"]))
-        with rng.initialising(config.seed):
+        with torch.device("meta"):
             model = LatentDiffusion(config, latent_dim=facts["autoencoder"]["latent_dim"], num_features=num_features)
+        model.diffusion = Diffusion(config.diffusion)
         autoencoder = load_autoencoder(facts["autoencoder"], trained.tensors("autoencoder.safetensors"), device)
     model.load_state_dict(trained.tensors("model.safetensors"), strict=True, assign=True)
     statistics = Statistics(**trained.tensors(STATISTICS))

@@ -15,7 +15,7 @@ import torch
 from rpgcli import artifact, recipe
 from rpgcli.artifact import MANIFEST, SCHEMA
 from rpgcli.errors import ArtifactError
-from rpgcli.models import read_autoencoder
+from rpgcli.models import read_autoencoder, read_model
 from rpgcli.tokens import TokenStore
 from rpgcli.zoo import Zoo
 
@@ -81,6 +81,17 @@ def test_old_models_generate_and_are_judged(tmp_path, rpg, run, method, monkeypa
             torch.testing.assert_close(value, before[key], rtol=1e-3, atol=1e-4)
     outcome = rpg("evaluate", "--run", work, "--request", out, "--method", method)
     assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize(("method", "folder"), [("rpg", "rpg"), ("pdiff", "diffusion")])
+@pytest.mark.parametrize("run", CURRENT, ids=lambda run: run.name)
+def test_a_model_is_read_without_weights_being_drawn_first(run, method, folder):
+    """Which would take as much memory again, and minutes at full size."""
+    before = torch.get_rng_state()
+    model = read_model(method, artifact.read(run / folder, STAGES[folder]), torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert isinstance(model.method, torch.nn.Module)
+    assert not any(tensor.is_meta for tensor in [*model.method.parameters(), *model.method.buffers(), model.mask])
 
 
 def test_another_schema_is_refused_with_what_to_do(tmp_path):

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from rpgcli import kernels
 from rpgcli.cores.stack import Stack, StackConfig
 
-PART = 1024
+PART = 256
 """Positions of a long sequence that are read at once where no gradients are kept: a multiple of the scan's chunks."""
+WIDE = 2**14
+"""Inner width from which on it is `PART`; narrower blocks read so many times more."""
 
 
 class Mamba2Config(StackConfig):
@@ -144,11 +146,12 @@ class Mamba2Block(nn.Module):
         Without gradients a long sequence is read in parts, each going on from the state of the one before: the same
         to rounding, with the memory of one part.
         """
-        if torch.is_grad_enabled() or h.shape[1] <= PART:
+        part = PART * max(1, WIDE // self.d_inner)
+        if torch.is_grad_enabled() or h.shape[1] <= part:
             return self._mix(h)[0]
         out, carried = h.new_empty(*h.shape[:2], self.out_proj.out_features), self._nothing(h)
-        for start in range(0, h.shape[1], PART):
-            here = slice(start, start + PART)
+        for start in range(0, h.shape[1], part):
+            here = slice(start, start + part)
             mixed, carried = self._mix(h[:, here], carried)
             out[:, here] = mixed
         return out
