@@ -16,7 +16,6 @@ from rpgcli import artifact
 from rpgcli.artifact import Artifact, Draft
 from rpgcli.autoencoder import Autoencoder
 from rpgcli.conditions import Condition, parse_state
-from rpgcli.cores.none import NoCore
 from rpgcli.diffusion import Diffusion
 from rpgcli.errors import ArtifactError, UsageError, nearest
 from rpgcli.evaluation import EvaluateConfig
@@ -125,7 +124,7 @@ def open_model(source: Source, config: GenerateConfig, device: torch.device, dty
         blocks, chosen = generator.blocks(sample, sampling, seed=config.seed, state=config.state)
         if is_single and isinstance(model.method, RPG):
             generator.prototypes(sample.asked, chosen)
-            model.method.core = NoCore(model.method.core.d_model)  # These prototypes are all that will be asked for.
+            model.method.keep_denoiser()  # These prototypes are all that will be asked for.
         return generator.tensors(blocks), chosen
 
     facts = {"sampling": sampling.model_dump(mode="json")}

@@ -4,9 +4,11 @@
 schema changes, a run of the new one is put beside it; none is ever made anew.
 """
 
+import gc
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,11 @@ import torch
 from rpgcli import artifact, recipe
 from rpgcli.artifact import MANIFEST, SCHEMA
 from rpgcli.errors import ArtifactError
+from rpgcli.methods.rpg import RPG
 from rpgcli.models import read_autoencoder, read_model
 from rpgcli.tokens import TokenStore
 from rpgcli.zoo import Zoo
+from tests.helpers import same_bits
 
 RUNS = sorted((Path(__file__).parent / "data" / "compat").iterdir())
 OLD = "0000000111-s0-n1"
@@ -92,6 +96,24 @@ def test_a_model_is_read_without_weights_being_drawn_first(run, method, folder):
     assert torch.equal(torch.get_rng_state(), before)
     assert isinstance(model.method, torch.nn.Module)
     assert not any(tensor.is_meta for tensor in [*model.method.parameters(), *model.method.buffers(), model.mask])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("run", CURRENT, ids=lambda run: run.name)
+def test_letting_go_of_the_core_leaves_nothing_of_the_file_in_memory(run):
+    trained = artifact.read(run / "rpg", "train-rpg")
+
+    def is_mapped() -> bool:
+        return str(trained.path / "model.safetensors") in Path("/proc/self/maps").read_text()
+
+    model = read_model("rpg", trained, torch.device("cpu"))
+    assert isinstance(model.method, RPG)
+    assert is_mapped()
+    before = {name: value.clone() for name, value in model.method.denoiser.state_dict().items()}
+    model.method.keep_denoiser()
+    gc.collect()
+    assert not is_mapped()
+    assert same_bits(model.method.denoiser.state_dict(), before)
 
 
 def test_another_schema_is_refused_with_what_to_do(tmp_path):

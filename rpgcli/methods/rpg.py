@@ -30,6 +30,7 @@ from rpgcli.conditions import (
 from rpgcli.config import Config
 from rpgcli.cores import CoreConfig
 from rpgcli.cores.mamba2 import Mamba2Config
+from rpgcli.cores.none import NoCore
 from rpgcli.denoisers import DenoiserConfig
 from rpgcli.denoisers.mlp import MlpDenoiserConfig
 from rpgcli.diffusion import Diffusion, DiffusionConfig
@@ -130,6 +131,17 @@ class RPG(nn.Module):
         if self.state is not None and state is not None:
             e = e + self.state(state.clamp(min=0))[:, None] * (state >= 0)[:, None, None]
         return self.core(e)  # type: ignore[no-any-return]
+
+    def keep_denoiser(self) -> None:
+        """Let go of the core and its memory, once all prototypes are known.
+
+        What was read from a file is mapped in one piece, which stays as long as any of its tensors: those that are
+        kept are copied.
+        """
+        self.core = NoCore(self.core.d_model)
+        del self.position
+        for kept in (*self.parameters(), *self.buffers()):
+            kept.data = kept.data.clone()
 
     def loss(self, part: "Tokens") -> Tensor:
         """Diffusion loss of some tokens of B networks."""
