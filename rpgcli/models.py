@@ -4,6 +4,7 @@ find_source       which of them a run holds: manifests only
 open_source       read it, so that it makes networks
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from rpgcli import artifact
 from rpgcli.artifact import Artifact, Draft
 from rpgcli.autoencoder import Autoencoder
-from rpgcli.conditions import Condition, parse_state
+from rpgcli.conditions import Asked, Condition, parse_state
 from rpgcli.diffusion import Diffusion
 from rpgcli.errors import ArtifactError, UsageError, nearest
 from rpgcli.evaluation import EvaluateConfig
@@ -118,13 +119,19 @@ def open_model(source: Source, config: GenerateConfig, device: torch.device, dty
     sampling = sampling_of(trained, config)
     model = read_model(source.method, trained, device)
     generator = Generator(model, dtype)
-    is_single = model.condition is None and parse_state(config.state, model.num_states) is not None
+    has_one_state = model.num_states == 1 or parse_state(config.state, model.num_states) is not None
+
+    @functools.cache
+    def free_core(asked: Asked, state: int) -> None:
+        """Once, when the only prototypes that will be asked for are known."""
+        generator.prototypes(asked, state)
+        if isinstance(model.method, RPG):
+            model.method.keep_denoiser()
 
     def make(sample: Sample) -> tuple[Iterator[tuple[str, Tensor]], int]:
         blocks, chosen = generator.blocks(sample, sampling, seed=config.seed, state=config.state)
-        if is_single and isinstance(model.method, RPG):
-            generator.prototypes(sample.asked, chosen)
-            model.method.keep_denoiser()  # These prototypes are all that will be asked for.
+        if model.condition is None and has_one_state:
+            free_core(sample.asked, chosen)
         return generator.tensors(blocks), chosen
 
     facts = {"sampling": sampling.model_dump(mode="json")}
