@@ -31,7 +31,7 @@ from rpgcli import imports, rng
 from rpgcli.artifact import Artifact, Draft, read_tensors, write_tensors
 from rpgcli.config import Config
 from rpgcli.errors import ArtifactError, OutputError, RpgError, UsageError
-from rpgcli.problem import Problem, State
+from rpgcli.problem import Problem, State, unstacked
 from rpgcli.progress import OnStep, Step, in_phase
 from rpgcli.sharding import Block, Blocks, Shard, Share, merge
 from rpgcli.subsets import StackedTail, Tail, select_parameters
@@ -236,8 +236,7 @@ class Stacked:
 
     def snapshot(self) -> list[dict[str, Tensor]]:
         """N state dicts, copied."""
-        rows = {name: value.detach().cpu().clone() for name, value in self.values.items()}
-        return [{name: value[i] for name, value in rows.items()} for i in range(self.num)]
+        return unstacked(self.values)
 
 
 class Single:
@@ -262,7 +261,7 @@ class Single:
 
 
 Learner = Stacked | Single | Tail | StackedTail
-"""Networks that are trained together."""
+"""Networks that are trained side by side."""
 
 
 def train(

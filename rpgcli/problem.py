@@ -104,7 +104,7 @@ class Problem:
         """The target without memory, for `functional_call`."""
         return self.build("reference").to("meta")
 
-    def images(self, split: Split, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def images(self, split: Split, index: Tensor | slice, generator: torch.Generator | None = None) -> Tensor:
         """Images as the network takes them, (B, C, H, W) float32; augmented where a generator is given."""
         pixels = getattr(self.dataset, split).pixels[index]
         if generator is not None:
@@ -156,3 +156,9 @@ class Problem:
         if not states:
             return torch.zeros(0, dtype=torch.float64)
         return (self.predictions(states, split) == self.labels(split, bits)).double().mean(1).cpu()
+
+
+def unstacked(values: State) -> list[dict[str, Tensor]]:
+    """N state dicts, copied to the CPU, from one whose tensors have a leading axis of N."""
+    rows = {name: value.detach().cpu().clone() for name, value in values.items()}
+    return [dict(zip(rows, state)) for state in zip(*rows.values())]

@@ -21,7 +21,7 @@ from torch.func import functional_call, vmap
 from torch.nn.modules.conv import _ConvNd
 
 from rpgcli.errors import UsageError, nearest
-from rpgcli.problem import VALUES_AT_ONCE, Problem, Split, State
+from rpgcli.problem import VALUES_AT_ONCE, Problem, Split, State, unstacked
 from rpgcli.targets.timm_model import suggest
 
 logger = logging.getLogger(__name__)
@@ -222,17 +222,20 @@ class Tail:
         return (self.model(x[0]) if x.is_floating_point() else self.logits("train", x[0]))[None]
 
     def logits(self, split: Split, index: Tensor | slice) -> Tensor:
-        """Logits (B, O) of the images of a split at `index`, (B,), not augmented."""
-        if isinstance(index, slice) and self.is_cut:  # Copied, for the network may change them in place.
-            return self.give([rows[index].clone() for rows in self.rows(split)])
-        if isinstance(index, slice):
-            index = torch.arange(index.start, index.stop)
-        if self.is_cut:
-            return self.give([rows[index] for rows in self.rows(split)])
-        return self.model(self.problem.images(split, index))  # type: ignore[no-any-return]
+        """Logits (B, O) of B images of a split, not augmented.
+
+        Args:
+            split: Which images.
+            index: Their numbers, (B,), or a slice of them: what is kept of those is copied, for the network may change
+                it in place.
+        """
+        if not self.is_cut:
+            return self.model(self.problem.images(split, index))  # type: ignore[no-any-return]
+        picked = [rows[index] for rows in self.rows(split)]
+        return self.give([x.clone() for x in picked] if isinstance(index, slice) else picked)
 
     def rows(self, split: Split) -> list[Tensor]:
-        """What enters a cut tail for each image of a split, (n, ...) for each needed module."""
+        """What enters a cut tail for each of a split's n images, (n, ...) for each needed module; computed once."""
         if split not in self._rows:
             self._rows[split] = self._activations(split)
         return self._rows[split]
@@ -288,7 +291,7 @@ class Tail:
     def _activations(self, split: Split) -> list[Tensor]:
         parts = []
         for chunk in self._chunks(split):
-            self.model(self.problem.images(split, torch.arange(chunk.start, chunk.stop)))
+            self.model(self.problem.images(split, chunk))
             parts.append([kept.computed for kept in self._kept if kept.needed])
         return [torch.cat(part) for part in zip(*parts)]
 
@@ -415,5 +418,4 @@ class StackedTail:
 
     def snapshot(self) -> list[dict[str, Tensor]]:
         """The subsets, copied."""
-        rows = {name: value.detach().cpu().clone() for name, value in self.values.items()}
-        return [{name: value[i] for name, value in rows.items()} for i in range(self.num)]
+        return unstacked(self.values)
