@@ -28,6 +28,7 @@ from rpgcli.command import (
     finish,
     in_shards,
     main,
+    not_nan,
     pick_device,
     running,
     set_threads,
@@ -221,7 +222,8 @@ def generate(
     tasks: Annotated[str | None, typer.Option(metavar="FILE|-", help="Many tasks: one bit string a line.")] = None,
     label: Annotated[str | None, typer.Option(help="The label of a model that learned labels.")] = None,
     accuracy: Annotated[
-        float | None, typer.Option(min=0, max=1, help="The accuracy, of a model that learned accuracies.")
+        float | None,
+        typer.Option(min=0, max=1, callback=not_nan, help="The accuracy, of a model that learned accuracies."),
     ] = None,
     method: MethodOption = None,
     count: Annotated[
@@ -229,7 +231,9 @@ def generate(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim, ddpm or dpm-solver++.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, help="Scale of the starting noise.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, callback=not_nan, help="Scale of the starting noise.")
+    ] = None,
     state: Annotated[str | None, typer.Option(metavar="random|none|I", help="Permutation state.")] = None,
     seed: SeedOption = None,
     data_root: DataRootOption = None,
@@ -319,7 +323,7 @@ def evaluate(
         bool, typer.Option("--finetune", help="Also train from generated and from other starts: what is saved?")
     ] = False,
     min_accuracy: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Exit 5 if generated networks stay below.")
+        float | None, typer.Option(min=0, max=1, callback=not_nan, help="Exit 5 if generated networks stay below.")
     ] = None,
     method: MethodOption = None,
     zoo: ZooOption = None,

@@ -7,6 +7,7 @@ torch and everything that imports it are imported inside functions, so that `rpg
 
 import inspect
 import io
+import math
 import os
 import shlex
 import signal
@@ -91,6 +92,13 @@ ExecutorOption = Annotated[
     typer.Option(metavar="local:N|ray", help="Share the work among N processes (each with --threads), or over Ray."),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show counts, sizes and a time estimate; do nothing.")]
+
+
+def not_nan(value: float | None) -> float | None:
+    """NaN lies in every range of a typer before 0.29."""
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("nan is not a number.")
+    return value
 
 
 @dataclass(frozen=True)

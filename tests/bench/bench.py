@@ -7,6 +7,7 @@
     lengths         the scan's time with the length of the sequence
     training-step   our default against the paper's composition
     generation      20 and 5 steps of our default against 1000 of the paper's
+    compile         a step of the denoisers against the same through torch.compile
     growth          generation: time and memory from 0.1 M to 200 M parameters
     full-size       ViT-Base and ConvNeXt-L from a model of the paper's width; only where named by --only
     released        against the released RPG code; only with --reference
@@ -50,6 +51,7 @@ MEASUREMENTS = (
     Measurement("lengths", "Scan with the length of the sequence", scanning.lengths),
     Measurement("training-step", "Training step against the paper's composition", learning.training_step),
     Measurement("generation", "Generation against the paper's composition", sampling.generation),
+    Measurement("compile", "A step of the denoisers through torch.compile", sampling.compiling),
     Measurement("growth", "Generation with the number of parameters", sampling.growth),
     Measurement("full-size", "Networks of the paper at full size", sampling.full_size),
     Measurement("released", "Against the released code", released.released),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rpgcli import artifact
+from rpgcli import artifact, rng
 from rpgcli.conditions import Asked
 from rpgcli.cores.mamba2 import Mamba2Config
 from rpgcli.denoisers.mlp import MlpDenoiserConfig
@@ -98,6 +98,34 @@ def generate_one(folder: Path, name: str) -> None:
     """A few steps, in a process whose memory is watched."""
     generate = network_after(TokenStore(artifact.read(folder, "tokenize")), name)
     generate(ddim(FEW) if name == "default" else ddpm(FEW))
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+def compiling(setting: Setting) -> list[Row]:
+    """One step of the denoisers, run as they are and compiled; random weights."""
+    rows = []
+    ours, papers = (load(COMPOSITIONS[name]).rpg.denoiser for name in ("default", "paper"))
+    shapes = [(ours, 46, 128), (papers, 46, 128), (DENOISER, 256, 8192)]
+    for config, num_tokens, token_dim in shapes[:1] if setting.quick else shapes:
+        with rng.initialising(0, "bench"):
+            denoiser = config.build(token_dim, 256).eval()
+        x_t = torch.randn(num_tokens, token_dim, generator=rng.stream(0, "bench", "x"))  # (K, D)
+        c = torch.randn(num_tokens, 256, generator=rng.stream(0, "bench", "c"))  # (K, M)
+        t = torch.full((num_tokens,), 500)  # (K,)
+        with torch.no_grad():
+            arguments = (x_t, t, denoiser.embed(c))
+            compiled = torch.compile(denoiser, fullgraph=True)  # Fails where it would fall back.
+            first = Figure((timed(partial(compiled, *arguments))(),))
+            sides = {"as it is": timed(partial(denoiser, *arguments)), "compiled": timed(partial(compiled, *arguments))}
+            found = in_turn(sides, setting.repeats(31))
+        rows.append(Row(
+            f"a step of denoiser {config.kind}, {num_tokens} x {token_dim}: as it is / compiled",
+            found["as it is"].over(found["compiled"]), "x", {**found, "compiling": first},
+            note="torch.compile, and the seconds that its first call takes: more than the steps of many networks.",
+        ))  # fmt: skip
+    return rows
 
 
 # --- growth -----------------------------------------------------------------------------------------------------------
