@@ -990,7 +990,8 @@ def test_doctor_finds_what_is_there(rpg, tmp_path):
     outcome = rpg("doctor", "--run", tmp_path / "run", "--json", "--device", "cpu")
     assert outcome.code == 0, outcome.err
     found = outcome.json
-    assert found["versions"]["torch"] == torch.__version__ and found["versions"]["rpg"] == __version__
+    # A package may leave its build (+cu126) out of its metadata.
+    assert torch.__version__.startswith(found["versions"]["torch"]) and found["versions"]["rpg"] == __version__
     assert found["scan_difference"] < 1e-5 and found["kernel_difference"] is None
     assert found["kernels"]["available"] is False and "rpgcli[cuda]" in found["kernels"]["install"]
     assert found["data_sets"]["digits"] == "embedded in scikit-learn"
