@@ -14,7 +14,6 @@ import platform
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -309,17 +308,12 @@ def states_of(zoo: Zoo, networks: Sequence[Network], layout: Layout) -> Iterator
     Raises:
         LayoutError: If one does not fit the layout or is not finite; names its file.
     """
-    with ThreadPoolExecutor(1) as aside:  # Reads and hashes the next file while one is worked on.
-        for i, network in enumerate(networks):
-            state = zoo.state(network)
-            coming = [aside.submit(zoo.artifact.file, other.file) for other in networks[i + 1 : i + 2]]
-            try:
-                layout.check(state)
-            except LayoutError as error:
-                raise LayoutError(f"{zoo.artifact.path / network.file}: {error.what}", *error.advice) from None
-            yield state
-            for other in coming:
-                other.result()
+    for network, state in zip(networks, zoo.states(networks)):
+        try:
+            layout.check(state)
+        except LayoutError as error:
+            raise LayoutError(f"{zoo.artifact.path / network.file}: {error.what}", *error.advice) from None
+        yield state
 
 
 def target_of(zoo: Zoo) -> nn.Module:

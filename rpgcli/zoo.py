@@ -3,7 +3,8 @@
 Networks that share frozen tensors keep these once, in `shared.safetensors`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,3 +76,13 @@ class Zoo:
     def state(self, network: Network) -> dict[str, Tensor]:
         """The state dict of one network."""
         return {**self.shared, **self.artifact.tensors(network.file)}
+
+    def states(self, networks: Sequence[Network]) -> Iterator[dict[str, Tensor]]:
+        """The state dicts of some networks; the next file is read and hashed while one is worked on."""
+        with ThreadPoolExecutor(1) as aside:
+            for i, network in enumerate(networks):
+                state = self.state(network)
+                coming = [aside.submit(self.artifact.file, other.file) for other in networks[i + 1 : i + 2]]
+                yield state
+                for other in coming:
+                    other.result()

@@ -153,13 +153,13 @@ class Auditor:
         """A network from its standardised parameters, (P,)."""
         return Candidate((self.store.rebuilt if self.measure is self.problem else self.store.varying)(x), file=name)
 
-    def read(self, folder: Zoo, network: Network) -> Candidate:
-        """A network of a folder, which is read once.
+    def candidate(self, folder: Zoo, network: Network, state: State) -> Candidate:
+        """A network of a folder, from its state dict.
 
         Raises:
             LayoutError: If it is of another architecture than the training networks, or does not share what they do.
         """
-        state, path = folder.state(network), folder.artifact.path / network.file
+        path = folder.artifact.path / network.file
         try:
             state = match_network(state, self.problem.reference)
         except LayoutError as error:

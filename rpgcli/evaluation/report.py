@@ -194,8 +194,8 @@ def generated_row(auditor: Auditor, generated: Zoo, split: str | None, on_step: 
     networks = generated.select(split)
 
     def read() -> Iterator[Candidate]:
-        for i, network in enumerate(networks):
-            yield auditor.read(generated, network)
+        for i, (network, state) in enumerate(zip(networks, generated.states(networks))):
+            yield auditor.candidate(generated, network, state)
             on_step(Step(i + 1, len(networks), phase=f"measure {split or 'generated'}", unit="network"))
 
     return auditor.row(auditor.look(read()))

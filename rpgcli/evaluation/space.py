@@ -85,7 +85,7 @@ class Space:
     @cached_property
     def files(self) -> Tensor:
         """Standardised parameters of the training networks as they stand in their files, (K, p)."""
-        return torch.stack([self._unaligned(self.zoo.state(network)) for network in self.zoo.select("seen")])
+        return torch.stack([self._unaligned(state) for state in self.zoo.states(self.zoo.select("seen"))])
 
     @cached_property
     def neighbours(self) -> Neighbours:
