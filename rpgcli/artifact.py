@@ -152,14 +152,31 @@ class Artifact:
             record = self.records.get(name)
             if record is None:
                 raise ArtifactError(f"{self.path} has no file {name!r} in its manifest.", _remake(self.manifest.stage))
-            if _plain_size(path) != record.size or _hash(path) != record.sha256:
-                raise ArtifactError(
-                    f"{path} is not the file that was committed: its size or hash differs from the manifest.",
-                    "It was truncated, damaged or edited after it was written.",
-                    _remake(self.manifest.stage),
-                )
+            self._check_size(path, record)
+            if _hash(path) != record.sha256:
+                raise self._changed(path)
             self._checked.add(name)
         return path
+
+    def check_sizes(self) -> None:
+        """Raise an ArtifactError if a hashed file is missing, a link, or of another size than was committed."""
+        for name, record in self.manifest.files.items():
+            self._check_size(self.path / name, record)
+
+    def _check_size(self, path: Path, record: FileRecord) -> None:
+        try:
+            size = _plain_size(path)
+        except ArtifactError as error:
+            raise ArtifactError(error.what, *error.advice, _remake(self.manifest.stage)) from None
+        if size != record.size:
+            raise self._changed(path)
+
+    def _changed(self, path: Path) -> ArtifactError:
+        return ArtifactError(
+            f"{path} is not the file that was committed: its size or hash differs from the manifest.",
+            "It was truncated, damaged or edited after it was written.",
+            _remake(self.manifest.stage),
+        )
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a listed safetensors file, memory-mapped."""
@@ -188,7 +205,8 @@ def read(path: Path, stage: str) -> Artifact:
     """Open the committed artifact of `stage` at `path`.
 
     Raises:
-        ArtifactError: If it is missing, unfinished, of another stage or schema, or its manifest is damaged.
+        ArtifactError: If it is missing, unfinished, of another stage or schema, its manifest is damaged, or a file is
+            missing or of another size.
     """
     if not path.is_dir():
         if (old := _old(path)).is_dir():
@@ -207,7 +225,9 @@ def read(path: Path, stage: str) -> Artifact:
     manifest = read_manifest(path / MANIFEST)
     if manifest.stage != stage:
         raise ArtifactError(f"{path} was made by `rpg {manifest.stage}`, but `rpg {stage}` is needed here.")
-    return Artifact(path, manifest)
+    found = Artifact(path, manifest)
+    found.check_sizes()
+    return found
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -516,7 +536,8 @@ def differences(manifest: Manifest, section: Mapping[str, Any], inputs: Mapping[
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
     ]
-    lines += [f"its {name} has changed since" for name in sorted(inputs) if manifest.inputs.get(name) != inputs[name]]
+    changed = (name for name in sorted(inputs) if manifest.inputs.get(name) != inputs[name])
+    lines += [f"what it was made from has changed since: {name}" for name in changed]
     return [*lines[:12], *([f"and {len(lines) - 12} more"] if len(lines) > 12 else [])]
 
 

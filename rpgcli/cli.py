@@ -61,6 +61,7 @@ def collect(
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="Data set: digits, fashion-mnist, cifar10, ...")] = None,
     source: Annotated[Path | None, typer.Option("--from", help="Take the networks of this folder instead.")] = None,
+    runs: Annotated[int | None, typer.Option(min=1, help="Separate trainings of a zoo of trajectories.")] = None,
     seed: SeedOption = None,
     data_root: DataRootOption = None,
     download: DownloadOption = False,
@@ -71,10 +72,10 @@ def collect(
     from rpgcli.targets import parse_arch
     from rpgcli.tasks import parse_dataset
 
-    assignments = options.assignments({"seed": seed})
-    named = recipe is not None or arch is not None or dataset is not None or assignments
-    if not named and (options.run / pipeline.RECIPE).is_file():
-        resolved = recipes.read_stored(options.run / pipeline.RECIPE)
+    assignments = options.assignments({"seed": seed, "collect.runs": runs})
+    stored = options.run / pipeline.RECIPE
+    if recipe is None and arch is None and dataset is None and stored.is_file():
+        resolved = recipes.read_stored(stored, assignments)
     else:
         resolved = recipes.load(
             recipe, assignments,
@@ -192,6 +193,7 @@ def train_diffusion(
 ) -> None:
     """Train the latent diffusion (p-diff) on the autoencoder's latents into RUN/diffusion."""
     from rpgcli import pipeline
+    from rpgcli.methods.pdiff import what_is_odd
 
     assignments = options.assignments({"diffusion.seed": seed})
     resolved, *others = training_recipes(options, recipe, assignments, "diffusion")
@@ -206,8 +208,8 @@ def train_diffusion(
         f"{latents['num_samples']} sampled latents deviate {latents['deviation_ratio']:.2f} times as much as training "
         f"latents and lie {latents['nearest_distance']:.2f} times as far from them as those from each other"
     )
-    if not latents["learned"]:
-        console.warn("this diffusion has not learned; it is kept because of --allow-bad")
+    if odd := what_is_odd(latents):
+        console.warn(odd)
     facts = {k: found.facts[k] for k in ("num_weights", "latents", "selection")}
     finish(console, options, found, facts, with_method("generate", options, "pdiff"))
 
@@ -241,6 +243,7 @@ def generate(
 ) -> None:
     """Write new networks for a task, or for all validation and unseen tasks and some seen ones."""
     from rpgcli import models, pipeline
+    from rpgcli.methods.pdiff import what_is_odd
 
     if sum(x is not None for x in (task_bits, classes, tasks, label, accuracy)) > 1:
         several = "several of --task-bits, --classes, --tasks, --label and --accuracy were given."
@@ -252,7 +255,7 @@ def generate(
         "generate.state": None if state is None else f'"{state}"',
     })  # fmt: skip
     resolved = stored_recipe(options, recipe, assignments, "generate")
-    source = models.find_source(options.run, method or resolved.generate.method)
+    source = models.find_source(options.run, resolved.generate.method if method is None else method)
     denoising = {"--steps": steps, "--sampler": sampler, "--temperature": temperature, "--state": state}
     idle = [option for option, value in denoising.items() if value is not None]
     if idle and not source.is_learned:
@@ -297,6 +300,8 @@ def generate(
     if found.facts.get("settings", {}).get("chosen"):
         tried = ", ".join(f"{name} {value}" for name, value in chosen["settings"]["chosen"].items())
         console.note(f"chosen on validation tasks: {tried}; accuracy {chosen['settings']['validation']:.4f} there")
+    if (latents := found.facts.get("latents")) and (odd := what_is_odd(latents)):
+        console.warn(odd)
     finish(console, options, found, {"networks": networks, **chosen}, following)
 
 

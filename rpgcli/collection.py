@@ -24,7 +24,15 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 from torch import Tensor, nn
 
 from rpgcli import imports, rng
@@ -159,6 +167,13 @@ class TrajectoryConfig(BlockConfig):
     """Before anything is saved; not done to the base of a subset where `pretrained` names a whole network."""
     save: OptimiserConfig = OptimiserConfig(epochs=1, batch_size=16, learning_rate=1e-4, schedule="constant")
     """While snapshots are saved."""
+
+    @field_validator("parameters")
+    @classmethod
+    def _all_is_alone(cls, parameters: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not isinstance(parameters, str) and len(parameters) > 1 and "all" in parameters:
+            raise ValueError("'all' means every parameter: leave out the others")
+        return parameters
 
     @property
     def patterns(self) -> tuple[str, ...]:

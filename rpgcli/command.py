@@ -281,7 +281,7 @@ class running:
     def on_step(self, step: Step) -> None:
         """Show a step; a new phase gets a new bar."""
         if self.signal:
-            raise Interrupted(self.signal, f"Type the same command with --resume to go on: rpg {self.stage} ...")
+            raise Interrupted(self.signal, "Type the same command with --resume to go on.")
         if self.shown != (step.phase, step.total):
             self.bars.close()
             title = f"{self.stage}: {step.phase}" if step.phase else self.stage

@@ -126,6 +126,11 @@ class Source:
         return next(iter(self.inputs.values())).facts
 
     @property
+    def answers_nothing(self) -> bool:
+        """Whether it was trained without its condition too."""
+        return any(found.section.get("diffusion", {}).get("condition_dropout") for found in self.inputs.values())
+
+    @property
     def is_learned(self) -> bool:
         """Whether it is a trained model."""
         return self.method in LEARNED
@@ -138,7 +143,8 @@ class Maker:
     make: Callable[[Sample], tuple[Iterable[tuple[str, Tensor]], int]]
     """The network that is asked for, tensor by tensor, and its permutation state (0 or -1 where there are none)."""
     facts: Mapping[str, Any]
-    """`sampling` (of a trained model), and `settings` that were chosen on validation tasks."""
+    """`sampling` (of a trained model), `latents` (of p-diff: how it had learned), and `settings` that were chosen on
+    validation tasks."""
     training_seconds: float | None
     """What was spent before the first network could be made, the zoo apart."""
 
@@ -317,8 +323,8 @@ def default_request(source: Source, config: GenerateConfig) -> Request:
     """What a source is asked for when nobody says.
 
     Task bits: all validation and unseen tasks, some of the seen, and of those that the zoo left out. Labels and levels:
-    each, and levels also nothing. An accuracy: its mean, and a deviation below and above. An unconditional model:
-    nothing.
+    each, and levels also nothing if the model learned that. An accuracy: its mean, and a deviation below and above. An
+    unconditional model: nothing.
     """
     condition = source.condition
     count = config.num_networks(has_tasks=condition is not None and condition.kind == "task-bits")
@@ -336,7 +342,8 @@ def default_request(source: Source, config: GenerateConfig) -> Request:
         return Request("labels", [Asked(label=label) for label in condition.labels], count)
     if condition.kind == "accuracy-level":
         middles = [round((low + high) / 2, 6) for low, high in condition.levels]
-        return Request("levels", [*(Asked(accuracy=middle) for middle in middles), Asked()], count)
+        nothing = [Asked()] if source.answers_nothing else []
+        return Request("levels", [*(Asked(accuracy=middle) for middle in middles), *nothing], count)
     around = dict.fromkeys(round(min(1.0, max(0.0, condition.mean + k * condition.std)), 4) for k in (-1, 0, 1))
     return Request("accuracies", [Asked(accuracy=accuracy) for accuracy in around], count)
 

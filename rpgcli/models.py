@@ -134,7 +134,7 @@ def open_model(source: Source, config: GenerateConfig, device: torch.device, dty
             free_core(sample.asked, chosen)
         return generator.tensors(blocks), chosen
 
-    facts = {"sampling": sampling.model_dump(mode="json")}
+    facts = {"sampling": sampling.model_dump(mode="json"), "latents": trained.facts.get("latents")}
     return Maker(make, facts, trained.manifest.volatile.get("training_seconds"))
 
 

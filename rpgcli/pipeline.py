@@ -50,8 +50,6 @@ from rpgcli.generation import (
 from rpgcli.imports import networks_in
 from rpgcli.layout import Layout, make_layout
 from rpgcli.methods.pdiff import (
-    FARTHEST,
-    RATIOS,
     Vectors,
     autoencoder_loss,
     build_autoencoder,
@@ -62,6 +60,7 @@ from rpgcli.methods.pdiff import (
     features_of,
     split_checkpoints,
     training_of,
+    what_is_odd,
 )
 from rpgcli.methods.rpg import build, make_loss
 from rpgcli.models import (
@@ -394,10 +393,9 @@ def run_train_diffusion(run: Run, recipe: Recipe, *, allow_bad: bool = False) ->
         comparison = compare_latents(model, latents, features, trainings, config.seed)
         if not comparison["learned"] and not allow_bad:
             raise GateError(
-                "the diffusion has not learned: its samples are not like the training latents.",
-                f"They deviate {comparison['deviation_ratio']:.2f} times as much (expected {RATIOS[0]} to {RATIOS[1]})",
-                f"and lie {comparison['nearest_distance']:.2f} times as far as those lie apart (at most {FARTHEST:g}).",
-                "Train longer (diffusion.training.num_steps); to keep it as it is, add --allow-bad --resume.",
+                what_is_odd(comparison),
+                "Nothing was committed. Train longer: --set diffusion.training.num_steps=N --force.",
+                "To keep it as it is: the same command with --allow-bad --resume.",
             )
         draft.save_tensors("model.safetensors", model.state_dict())
         draft.save_tensors("autoencoder.safetensors", autoencoder.state_dict())

@@ -380,7 +380,7 @@ def _advice(problem: str) -> tuple[str, ...]:
     """What to do about a complaint of PyYAML."""
     if "\\t" in problem:
         return ("Use spaces in place of the tab.",)
-    if "cannot start any token" in problem or "undefined alias" in problem:
+    if "cannot start any token" in problem or "alias" in problem:
         return ("Put the text in quotes.",)
     return ()
 

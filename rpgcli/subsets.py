@@ -31,8 +31,8 @@ MAX_KEPT_BYTES = 2**30
 NUM_PROBES = 7
 """Images on which the graph is explored; a number that no other axis is likely to have."""
 EXPECTED = (
-    "Expected names of parameters or modules (head, head.weight), globs (*.norm?.*), or roles: conv, linear, norm, "
-    "shortcut, each with :first, :last2, :3 or :3-5 where not all are meant, or all."
+    'Expected a list of names of parameters or modules (head, head.weight), globs (in quotes: "*.norm?"), or roles: '
+    "conv, linear, norm, shortcut, each with :first, :last2, :3 or :3-5 (from 1) where not all are meant, or all."
 )
 
 
@@ -57,7 +57,7 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 
     Args:
         model: The whole network, `meta` tensors suffice.
-        patterns: Names of parameters or modules, globs over names of parameters, roles of layers with an optional range
+        patterns: Names of parameters or modules, globs over such names, roles of layers with an optional range
             (`norm:last2`, `conv:first`, `norm:3-5` counted from 1 in module order), or `all`.
 
     Raises:
@@ -84,7 +84,8 @@ def _meant(model: nn.Module, pattern: str, trained: Sequence[str]) -> list[str]:
         raise UsageError(f"collect.parameters: unknown role {role!r}{nearest(role, ROLES)}", EXPECTED)
 
     def means(name: str) -> bool:
-        return fnmatchcase(name, pattern) or any(name.startswith(f"{module}.") for module in modules)
+        whole = (name[:end] for end in (*_dots(name), len(name)))  # The modules it is in, and itself.
+        return any(fnmatchcase(part, pattern) for part in whole) or any(name.startswith(f"{m}.") for m in modules)
 
     found = [name for name in trained if means(name)]
     if not found and any(map(means, model.state_dict())):
@@ -111,10 +112,13 @@ def _range(pattern: str, which: str, layers: list[str]) -> list[str]:
     start, stop = int(first or 1), int(last or (len(layers) if dash else first or 1))
     if side is not None:
         start, stop = 1, int(num or 1)
+    if not layers:
+        raise UsageError(f"collect.parameters: {pattern!r}: the network has no layer of this role.", EXPECTED)
     if not start <= stop <= len(layers):
+        shown = ", ".join(layers) if len(layers) <= 4 else f"{', '.join(layers[:3])} to {layers[-1]}"
         raise UsageError(
             f"collect.parameters: {pattern!r} does not fit the {len(layers)} layers of this role that the network has.",
-            *([f"They are {', '.join(layers[:3])} to {layers[-1]}."] if layers else []),
+            f"Counted from 1 they are {shown}.",
             EXPECTED,
         )
     return layers[-stop:] if side == "last" else layers[start - 1 : stop]

@@ -183,7 +183,7 @@ def test_a_finished_artifact_is_found_again_by_its_key_and_differences_are_liste
     assert "  collect.num: 3 there, 4 now" in lines
     assert not any("rate" in line or "widths" in line or "seed" in line for line in lines)
     assert max(map(len, lines[1:])) < 120
-    with pytest.raises(OutputError, match=r"its zoo has changed since"):
+    with pytest.raises(OutputError, match=r"what it was made from has changed since: zoo"):
         with artifact.draft(
             tmp_path / "t", "tokenize", section={}, inputs={"zoo": "1"}, force=False, resume=False
         ) as d:

@@ -289,6 +289,26 @@ def test_pipeline_runs_without_tasks_too(tmp_path, rpg, tiny):
     assert {name: count for (name, _), count in rows.items() if name not in {"trained", "rpg"}}.items() <= plan.items()
 
 
+def test_a_setting_alone_changes_the_recipe_of_the_run_not_the_default_one(rpg, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    stored = recipe.load("pdiff-digits-accuracy", ["collect.num_checkpoints=30"])
+    (run / "recipe.json").write_text(json.dumps(stored.to_json()))
+    plan = rpg("collect", "--run", run, "--runs", 2, "--seed", 6, "--dry-run", "--json").json["plans"][0]
+    assert plan["recipe"] == "pdiff-digits-accuracy" and plan["networks"] == 2 * 30
+
+
+def test_an_artifact_whose_file_is_gone_or_cut_is_not_up_to_date(run, rpg, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / "tokens/statistics.safetensors").unlink()
+    for command in ("tokenize", "train-rpg"):
+        refused(rpg(command, "--run", copy), 3, "statistics.safetensors cannot be read", "rpg tokenize --force")
+    assert rpg("tokenize", "--run", copy, "--force").code == 0
+    (network,) = list((copy / "zoo").glob("00000*"))[:1]
+    network.write_bytes(network.read_bytes()[:-1])
+    refused(rpg("evaluate", "--run", copy, "--force"), 3, "is not the file that was committed")
+
+
 def test_default_recipe_takes_another_kind_of_zoo(rpg, tmp_path):
     options = ["--set", "collect.kind=seeds", "--set", "task.kind=multi-class", "--run", tmp_path / "run"]
     assert rpg("collect", *options, "--dry-run", "--json").json["plans"][0]["networks"] == 100
@@ -329,8 +349,8 @@ def test_force_replaces_and_what_follows_is_told(run, rpg):
     assert outcome.code == 0
     assert artifact.read(run / "tokens", "tokenize").facts["token_dim"] == 32
     before = tree(run)
-    refused(rpg("train-rpg", "--run", run), 4, "its tokens has changed since")
-    refused(rpg("evaluate", "--run", run), 4, "its tokens has changed since")
+    refused(rpg("train-rpg", "--run", run), 4, "what it was made from has changed since: tokens")
+    refused(rpg("evaluate", "--run", run), 4, "what it was made from has changed since: tokens")
     assert tree(run) == before
 
 
@@ -555,6 +575,7 @@ def test_two_processes_on_one_run_do_not_meet(tiny, run, rpg):
         (["--steps", "0"], ["--steps"]),
         (["--steps", "5000"], ["5000", "1000"]),
         (["--temperature", "nan"], ["--temperature"]),
+        (["--method", ""], ["--method ''"]),
         (["--set", "rpg.training.num_steps=9"], ["reads only the section 'generate'"]),
         (["--set", "generate.cuont=9"], ["unknown key; did you mean 'count'"]),
         (["--set", "generate.count"], ["expected key.key=value"]),
@@ -776,7 +797,7 @@ def test_damaged_recipe_of_a_run_is_refused_and_can_be_given_anew(tiny, run, rpg
         outcome = rpg(*command, "--run", run)
         refused(outcome, 3 if text in {"{", "[]", "null"} else 2, "recipe.json")
     assert tree(run) == before
-    assert rpg("collect", "--run", run, *tiny.collect).code == 0
+    assert rpg("collect", "digits-demo", "--run", run, *tiny.collect).code == 0
     assert "up to date" in rpg("tokenize", "--run", run).err
 
 

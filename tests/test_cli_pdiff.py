@@ -161,13 +161,18 @@ def test_whole_networks_and_wanted_accuracies(tmp_path, rpg):
     levels = settings(["diffusion.condition=accuracy-level", f"diffusion.levels=[[0, {middle}], [{middle}, 1]]"])
     train = ["train-diffusion", "--run", run, *settings(BRIEFLY), "--allow-bad"]
     assert rpg(*train, *levels).code == 0
+    assert rpg("generate", "--run", run, "--json", "--dry-run").json["networks"] == 2 * 4  # It never saw no condition.
+    assert rpg(*train, *levels, "--set", "diffusion.condition_dropout=0.3", "--force").code == 0
     asked = rpg("generate", "--run", run, "--accuracy", 0.01, "--json")
     assert asked.code == 0, asked.err
     assert [n["asked_accuracy"] for n in asked.json["facts"]["networks"]] == [0.01] * 4
     assert_loads(run, Path(asked.json["path"]))
     everything = rpg("generate", "--run", run, "--json")  # each level, and without one
     assert len(everything.json["facts"]["networks"]) == 3 * 4
-    shown = rpg("evaluate", "--run", run, "--json").json["levels"]
+    assert "the diffusion has not learned" in everything.err
+    report = rpg("evaluate", "--run", run, "--json").json
+    assert "the diffusion has not learned" in report["findings"][-1]["sentence"]
+    shown = report["levels"]
     assert [row["asked"]["count"] for row in shown] == [4, 4] and shown[0]["unasked"]["count"] == 4
     before = tree(run)
     refused(rpg("generate", "--run", run, "--task-bits", "0010100000"), 2, "knows no --task-bits", "--accuracy")
@@ -309,7 +314,7 @@ def test_diverging_diffusion_leaves_nothing_but_what_was_there(run, rpg):
     ("options", "words"),
     [
         (["collect.parameters=haed"], ["no parameter of the network is named 'haed'", "did you mean 'head'"]),
-        (["collect.parameters=[head, 'd1*']"], ["'d1*'", "Expected names of parameters"]),
+        (["collect.parameters=[head, 'd1*']"], ["'d1*'", "Expected a list of names of parameters"]),
         (["collect.parameters=nrom:last2"], ["unknown role 'nrom'", "did you mean 'norm'"]),
         (["collect.parameters=linear:last9"], ["'linear:last9' does not fit", "layers of this role"]),
         (["collect.parameters=linear:lst"], ["unknown range 'lst'"]),

@@ -33,6 +33,7 @@ from rpgcli.methods.pdiff import (
     features_of,
     split_checkpoints,
     training_of,
+    what_is_odd,
 )
 from rpgcli.models import assemble
 from rpgcli.problem import Problem
@@ -541,6 +542,16 @@ def facts(trainings: Sequence[tuple[str | None, int]]) -> list[dict[str, Any]]:
 ONE = [(None, 0)] * 10
 SNAPSHOTS = [(bits, run) for bits in ("01", "10", "11") for run in (0, 1) for _ in range(4)]
 SEEDS = [(None, run) for run in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "distance", "learned", "words"),
+    [(0.9, 0.9, True, ""), (0.6, 0.9, False, "has not learned"), (0.9, 12, False, "has not learned"),
+     (0.9, 0.14, True, "repeats training latents")],
+)  # fmt: skip
+def test_a_diffusion_that_did_not_learn_or_only_copies_is_named(ratio, distance, learned, words):
+    odd = what_is_odd({"deviation_ratio": ratio, "nearest_distance": distance, "learned": learned})
+    assert words in odd and bool(words) == bool(odd)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ MEANINGS: dict[str, list[str]] = {
     "layer4.1.bn1": LAST2[:2],
     "layer4.1.bn1.bias": LAST2[1:2],
     "layer4.1.bn?.*": LAST2,
+    "layer4.1.bn?": LAST2,
     "*.1.bn2.bias": [f"layer{i}.1.bn2.bias" for i in (1, 2, 3, 4)],
 }  # fmt: skip
 
@@ -108,7 +109,7 @@ def test_a_pattern_that_means_nothing_is_refused_with_what_is_near(resnet18, pat
 def test_a_role_that_the_network_does_not_have_and_no_pattern_at_all_are_refused(resnet18):
     with torch.device("meta"):
         mlp = Mlp3Config().build(1, (8, 8), 10)
-    with pytest.raises(UsageError, match="'conv:last' does not fit the 0 layers"):
+    with pytest.raises(UsageError, match="'conv:last': the network has no layer of this role"):
         select_parameters(mlp, ["conv:last"])
     with pytest.raises(UsageError, match="nothing would be trained"):
         select_parameters(resnet18, [])

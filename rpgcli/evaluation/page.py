@@ -119,6 +119,7 @@ def groups_table(report: Mapping[str, Any]) -> Table:
             at("functional_novelty.mean", "{:.2f}".format),
         ),
         Column("vote", "percentage points that a majority vote gains over the mean network", at("vote_gain", points)),
+        Column("median", "median accuracy", at("percentiles.p50")),
         Column("min to max", "worst and best accuracy", span),
         Column("best", "test accuracy of the network that is best on validation images", at("best.test")),
         Column("IoU within", "error IoU between networks of the group, mean", at("error_iou.within")),

@@ -63,7 +63,10 @@ def warn_of_poor(judged: Mapping[str, Mapping[str, float]]) -> None:
             known["explained_variance"],
         )
     elif held is None:
-        logger.warning("no checkpoint was held out: nobody knows how the autoencoder does on new networks")
+        logger.warning(
+            "no checkpoint was held out: nobody knows how the autoencoder does on new networks; raise "
+            "autoencoder.holdout, or collect more"
+        )
     elif held["explained_variance"] < POOR * known["explained_variance"]:
         logger.warning(
             "held-out networks are reconstructed badly (explained variance %.2f, known ones %.2f): the autoencoder "

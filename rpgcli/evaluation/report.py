@@ -18,6 +18,7 @@ from rpgcli.evaluation.finetuning import finetuned
 from rpgcli.evaluation.groups import NUM_NAMED, Group, verdict
 from rpgcli.evaluation.novelty import Novelty, as_novel
 from rpgcli.methods import baselines, resampling
+from rpgcli.methods.pdiff import what_is_odd
 from rpgcli.problem import Problem
 from rpgcli.progress import OnStep, Step, silent
 from rpgcli.subsets import Tail
@@ -69,7 +70,7 @@ def make_report(
         report = of_tasks(problem, config, zoo, store, generated, compute, on_step)
     else:
         report = of_one_question(problem, config, zoo, store, generated, autoencoder, compute, on_step)
-    report["findings"] = [*report["findings"], *warnings(problem, report["groups"])]
+    report["findings"] = [*report["findings"], *warnings(problem, report["groups"], facts.get("latents"))]
     return {"schema": REPORT_SCHEMA} | report | {
         "sampling": facts["sampling"], "seed": facts["seed"], "request": generated.artifact.section["request"],
         "num_test_images": len(problem.dataset.test.labels), "training_seconds": volatile.get("training_seconds"),
@@ -98,8 +99,10 @@ def check_asked(problem: Problem, generated: Zoo) -> None:
         )
 
 
-def warnings(problem: Problem, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What keeps figures from saying more: networks that failed, classes without test images."""
+def warnings(
+    problem: Problem, groups: Sequence[Mapping[str, Any]], latents: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
+    """What keeps figures from saying more: networks that failed, classes without test images, an odd diffusion."""
     found: list[dict[str, Any]] = []
     failed = [file for group in groups if group["kind"] == "generated" for file in group["failed"]]
     if failed:
@@ -111,6 +114,8 @@ def warnings(problem: Problem, groups: Sequence[Mapping[str, Any]]) -> list[dict
     if missing:
         sentence = f"no test image shows {', '.join(missing)}: nothing says how networks do on it."
         found.append({"kind": "missing-classes", "classes": missing, "sentence": sentence})
+    if latents is not None and (sentence := what_is_odd(latents)):
+        found.append({"kind": "latents", "sentence": sentence})
     for one in found:
         logger.warning(one["sentence"])
     return found

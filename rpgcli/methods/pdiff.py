@@ -11,7 +11,7 @@ autoencoder hides a diffusion that never learned: `compare_latents` looks at the
 Letters: B networks, K checkpoints, P parameters, Z = latent_dim, C features, M = condition_dim.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, Self
 
 import torch
@@ -46,6 +46,8 @@ RATIOS = (0.7, 1.1)
 """Between these the deviation of sampled latents over that of training latents lies where the diffusion has learned."""
 FARTHEST = 2.0
 """Sampled latents lie at most so many times as far from the nearest training latent as those lie from each other."""
+NEAREST = 0.5
+"""Where they lie less, they repeat training latents."""
 
 
 class AutoencoderStageConfig(Config):
@@ -127,14 +129,17 @@ def training_of(checkpoint: dict[str, Any]) -> Hashable:
 
 
 def split_checkpoints(store: TokenStore, config: AutoencoderStageConfig) -> tuple[list[int], list[int]]:
-    """Checkpoints to train on and checkpoints held out, drawn by whole trainings where there are several."""
+    """Checkpoints to train on and checkpoints held out, drawn by whole trainings where there are enough of them."""
+
+    def num_held(num: int) -> int:
+        return min(round(config.holdout * num), num - 1)
+
     groups: list[Hashable] = [training_of(checkpoint) for checkpoint in store.checkpoints]
-    if len(set(groups)) == 1:
+    if num_held(len(set(groups))) == 0:
         groups = list(range(len(store)))
     names = list(dict.fromkeys(groups))
-    num_held = min(round(config.holdout * len(names)), len(names) - 1)
     order = torch.randperm(len(names), generator=rng.stream(config.seed, "holdout")).tolist()
-    held = {names[i] for i in order[:num_held]}
+    held = {names[i] for i in order[: num_held(len(names))]}
     return [i for i, g in enumerate(groups) if g not in held], [i for i, g in enumerate(groups) if g in held]
 
 
@@ -298,6 +303,23 @@ def diffusion_loss(
 
 
 # --- has it learned? --------------------------------------------------------------------------------------------------
+
+
+def what_is_odd(latents: Mapping[str, Any]) -> str:
+    """What `compare_latents` found to be wrong, as a sentence; empty where nothing is."""
+    ratio, distance = latents["deviation_ratio"], latents["nearest_distance"]
+    if not latents["learned"]:
+        return (
+            f"the diffusion has not learned: its samples deviate {ratio:.2f} times as much as training latents "
+            f"(expected {RATIOS[0]} to {RATIOS[1]}) and lie {distance:.2f} times as far from them as those lie apart "
+            f"(at most {FARTHEST:g})."
+        )
+    if distance < NEAREST:
+        return (
+            f"the diffusion repeats training latents: its samples lie {distance:.2f} times as far from them as those "
+            f"lie apart (less than {NEAREST:g}). Train it shorter, or on more networks."
+        )
+    return ""
 
 
 def compare_latents(
