@@ -286,7 +286,7 @@ def generate(
         for n in networks[:20]
     ]
     console.table(
-        f"{len(networks)} networks in {found.path}",
+        f"{len(networks)} network{'s' * (len(networks) > 1)} in {found.path}",
         ["file", "task is", "asked for", "state", "seconds"],
         rows,
         numeric=["state", "seconds"],

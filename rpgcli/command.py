@@ -351,6 +351,8 @@ def finish(console: Console, options: Options, found: "Artifact", facts: dict[st
     console.done(f"{found.path}: up to date" if not found.made_now else f"{found.path} in {human_seconds(seconds)}")
     made = {"path": str(found.path), "id": found.id, "up_to_date": not found.made_now, "seconds": seconds}
     console.result(facts if "schema" in facts else made | {"facts": facts})
+    if isinstance(options, StageOptions) and options.out is not None and str(options.out) not in following:
+        following = f"inspect {shlex.quote(str(found.path))}"  # Later stages look for it in the run.
     known = options.run == Path("runs/default") or following.startswith(("inspect", "verify"))
     console.next_command(f"rpg {following}" if known else f"rpg {following} --run {shlex.quote(str(options.run))}")
 
