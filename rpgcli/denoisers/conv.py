@@ -72,7 +72,8 @@ class ConvDenoiser(nn.Module):
         """Denoise tokens (K, D) at steps (K,) under the embedded condition (K, D)."""
         # fmt: off
         c, t = e[:, None], self.time(t)[:, None]                              # (K, 1, D)
-        x, outputs = x_t[:, None], list[Tensor]()                             # (K, 1, D)
+        outputs: list[Tensor] = []
+        x = x_t[:, None]                                                      # (K, 1, D)
         for i, layer in enumerate(self.layers):
             if i >= len(self.layers) - self.num_skips:                        # decoder: add the encoder's mirror image
                 x = x + outputs[len(self.layers) - 1 - i]

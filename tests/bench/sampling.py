@@ -123,7 +123,7 @@ def compiling(setting: Setting) -> list[Row]:
         rows.append(Row(
             f"a step of denoiser {config.kind}, {num_tokens} x {token_dim}: as it is / compiled",
             found["as it is"].over(found["compiled"]), "x", {**found, "compiling": first},
-            note="torch.compile, and the seconds that its first call takes: more than the steps of many networks.",
+            note="torch.compile without falling back, and the seconds that its first call takes.",
         ))  # fmt: skip
     return rows
 
