@@ -261,7 +261,7 @@ def test_the_condition_of_a_model_is_read_back(trained, condition):
     [
         (None, [Asked()]),
         (LABEL, [Asked(label="cat"), Asked(label="dog")]),
-        (LEVEL, [Asked(accuracy=0.6), Asked(accuracy=0.95), Asked()]),
+        (LEVEL, [Asked(accuracy=0.6), Asked(accuracy=0.95)]),
         (ACCURACY, [Asked(accuracy=0.7), Asked(accuracy=0.9), Asked(accuracy=1.0)]),
         (Condition("accuracy", 1, mean=1.0, std=1.0), [Asked(accuracy=0.0), Asked(accuracy=1.0)]),
     ],
@@ -273,6 +273,13 @@ def test_who_asks_for_nothing_gets_20_of_everything_that_a_model_knows(trained, 
         if condition is not None:
             condition.check(one)
     assert default_request(trained(condition), GenerateConfig(count=3)).count == 3
+
+
+def test_a_model_that_was_trained_without_its_condition_too_is_also_asked_without(tmp_path):
+    section, facts = {"diffusion": {"condition_dropout": 0.1}}, {"condition": LEVEL.to_json(), "tasks": SIDES}
+    trained = make(tmp_path / "diffusion", lambda draft: facts, stage="train-diffusion", section=section)
+    found = default_request(Source("pdiff", {"diffusion": trained}, LEVEL), GenerateConfig())
+    assert found.asked == [Asked(accuracy=0.6), Asked(accuracy=0.95), Asked()]
 
 
 def test_who_asks_a_model_of_tasks_for_nothing_gets_one_of_each_task(trained):

@@ -40,8 +40,8 @@ def unread() -> Iterator[None]:
 
 def is_found(folder: Path, stage: str, name: str) -> bool:
     """Whether both a reader and `verify` refuse the file."""
-    found = artifact.read(folder, stage)
     try:
+        found = artifact.read(folder, stage)
         if name.endswith(".safetensors"):
             with unread():
                 found.tensors(name)
