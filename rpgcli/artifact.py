@@ -45,8 +45,8 @@ BEGUN = "begun.json"
 """Names the key of an unfinished artifact; gone once it is committed."""
 MAX_JSON_BYTES = 32 * 2**20
 """No JSON file of ours is larger; a larger one is refused unread. A network in a zoo takes 350 bytes, 17 values."""
-MAX_JSON_VALUES = 1_000_000
-"""Nor does any hold more values and brackets, so that reading one takes a second or two and less than 500 MiB."""
+MAX_JSON_VALUES = 750_000
+"""Nor does any hold more values and brackets, so that reading one takes less than two seconds and 500 MiB."""
 MAX_PROBLEMS = 1000
 """`verify` stops looking after so many."""
 MAX_HEADER_BYTES = 2**20
