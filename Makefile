@@ -2,7 +2,7 @@
 # make test   the tests (makes .venv first)
 # make report what RPG and p-diff make of handwritten digits, each as a page with pictures
 # make torture  kills, failing disks, damage, hostile files, races and signals by the hundred (long)
-# make bench  speed and memory of every stage as ratios to the obvious alternative (20 minutes, two cores, 25 GB of disk)
+# make bench  speed and memory of every stage as ratios to the obvious alternative (25 minutes, two cores, 25 GB of disk)
 # make coverage  the tests, and the share of the package's lines that they run
 # make lowest  the tests with the oldest versions of other packages that are allowed
 # make check  formatting, lint, types

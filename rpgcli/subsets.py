@@ -74,9 +74,9 @@ def _meant(model: nn.Module, pattern: str, trained: Sequence[str]) -> list[str]:
     if pattern == "all":
         return list(trained)
     role, colon, which = pattern.partition(":")
-    modules = [pattern]
+    layers: list[str] | None = None
     if role in ROLES:
-        modules = _range(pattern, which if colon else "1-", [
+        layers = _range(pattern, which if colon else "1-", [
             name for name, module in model.named_modules()
             if ROLES[role](name, module) and next(module.parameters(), None) is not None
         ])  # fmt: skip
@@ -84,8 +84,8 @@ def _meant(model: nn.Module, pattern: str, trained: Sequence[str]) -> list[str]:
         raise UsageError(f"collect.parameters: unknown role {role!r}{nearest(role, ROLES)}", EXPECTED)
 
     def means(name: str) -> bool:
-        whole = (name[:end] for end in (*_dots(name), len(name)))  # The modules it is in, and itself.
-        return any(fnmatchcase(part, pattern) for part in whole) or any(name.startswith(f"{m}.") for m in modules)
+        parts = [name[:end] for end in (*_dots(name), len(name))]  # The modules it is in, and itself.
+        return any(fnmatchcase(part, pattern) if layers is None else part in layers for part in parts)
 
     found = [name for name in trained if means(name)]
     if not found and any(map(means, model.state_dict())):

@@ -78,6 +78,13 @@ def test_roles_of_other_networks(target, pattern, names):
         assert select_parameters(target.build(1, (28, 28), 10), [pattern]) == names
 
 
+def test_a_role_is_not_a_module_of_the_same_name():
+    model = torch.nn.Sequential()
+    model.add_module("norm", torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2)))
+    assert select_parameters(model, ["norm"]) == ["norm.1.weight", "norm.1.bias"]
+    assert select_parameters(model, ["norm.0"]) == ["norm.0.weight", "norm.0.bias"]
+
+
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
