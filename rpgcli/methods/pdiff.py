@@ -58,7 +58,8 @@ class AutoencoderStageConfig(Config):
     network: AutoencoderConfig = Field(default_factory=ConvAutoencoderConfig, discriminator="kind")
     """Its kind and shape."""
     holdout: float = Field(0.1, ge=0, lt=1)
-    """Fraction of the trainings (of the checkpoints of a single one) that it never sees and is judged on."""
+    """Fraction of the trainings (of the checkpoints, where that is less than one training) that it never sees and is
+    judged on."""
     micro_batch: PositiveInt | None = None
     """Networks that pass at once; a step sums the gradients of as many as its batch needs. Default: all."""
     training: TrainingConfig = TrainingConfig(num_steps=250, batch_size=50, learning_rate=1e-2, ema_decay=0.95)
