@@ -22,12 +22,14 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import Field, ValidationError
@@ -38,6 +40,9 @@ from torch import Tensor
 
 from rpgcli.config import Config
 from rpgcli.errors import ArtifactError, LockedError, OutputError, RpgError, UsageError
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -329,6 +334,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, RuntimeError) as error:  # A dtype that torch does not have; moved meanwhile.
         raise ArtifactError(f"{path} cannot be read: {error}.") from None
+
+
+def ahead(function: Callable[[Item], Found], items: Iterable[Item], num_ahead: int = 1) -> Iterator[Found]:
+    """`function` of each item in turn; a thread calls it for the next ones while one is worked on."""
+    coming = deque[Future[Found]]()
+    with ThreadPoolExecutor(1) as aside:
+        for item in items:
+            coming.append(aside.submit(function, item))
+            if len(coming) > num_ahead:
+                yield coming.popleft().result()
+        for last in coming:
+            yield last.result()
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from rpgcli.alignment import Group
-from rpgcli.artifact import Artifact, Draft, read_tensors, writing_tensors
+from rpgcli.artifact import Artifact, Draft, ahead, read_tensors, writing_tensors
 from rpgcli.config import Config
 from rpgcli.errors import ArtifactError, LayoutError, RecipeError
 from rpgcli.layout import DTYPES, Granularity, Layout, Rows, check_finite
@@ -38,8 +38,10 @@ SHARED = "shared.safetensors"
 """The tensors that are the same in all networks, once."""
 STATISTICS = "statistics.safetensors"
 """What standardisation needs."""
-BLOCK_VALUES = 2**18
-"""Values of all checkpoints whose moments are computed together: 2 MiB in float64, which stay in the cache."""
+NUM_AHEAD = 3
+"""Tensors whose statistics are computed while those of one are written: a large one, and small ones beside it."""
+BLOCK_VALUES = 2**15
+"""Coordinates whose moments are computed together: they stay in the cache, and torch wakes no other thread for them."""
 SHARD_BYTES = 256 * 2**20
 """A shard of the token store holds as many whole checkpoints as fit here (at least one)."""
 VARIANCE_SHARE, VARIANCE_SHIFT, VARIANCE_MIN = 0.95, 0.05, 1e-3
@@ -111,12 +113,17 @@ class Statistics:
 def moments(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and variance of each coordinate of N rows (P,), (P,) each in float64; a block of coordinates at a time."""
     (num_values,) = rows[0].shape
-    mean, variance = (torch.empty(num_values, dtype=torch.float64) for _ in range(2))
-    size = max(1, BLOCK_VALUES // len(rows))
-    for here in (slice(start, start + size) for start in range(0, num_values, size)):
-        x = torch.stack([row[here] for row in rows]).double()  # (N, p)
-        torch.mean(x, 0, out=mean[here])
-        torch.mean(x.sub_(mean[here]).square_(), 0, out=variance[here])
+    mean, variance = (torch.zeros(num_values, dtype=torch.float64) for _ in range(2))
+    for start in range(0, num_values, BLOCK_VALUES):
+        here = slice(start, start + BLOCK_VALUES)
+        m, v = mean[here], variance[here]
+        for row in rows:
+            m.add_(row[here])
+        m.div_(len(rows))
+        for row in rows:
+            difference = row[here] - m
+            v.addcmul_(difference, difference)
+        v.div_(len(rows))
     return mean, variance
 
 
@@ -150,12 +157,15 @@ def write_statistics(
     grid = torch.empty(layout.num_tokens, layout.token_dim, device="meta")
     like = {"mean": grid, "scale": grid, "varies": grid.bool(), "references": references, "raw": torch.tensor(False)}
     rows = {"mean": Rows(layout), "scale": Rows(layout, fill=1.0), "varies": Rows(layout)}
+
+    def of_tensor(i: int) -> tuple[Tensor, Tensor, Tensor]:
+        return standardisation(*moments([layout.of_tensor(tokens, i) for tokens in checkpoints]), how)
+
     with draft.saving_tensors(STATISTICS, like) as append:
         append("references", references)
         append("raw", torch.tensor(how == "none"))
-        for i in range(len(layout.generated)):
-            of_tensor = moments([layout.of_tensor(tokens, i) for tokens in checkpoints])
-            for name, values in zip(rows, standardisation(*of_tensor, how)):
+        for found in ahead(of_tensor, range(len(layout.generated)), NUM_AHEAD):
+            for name, values in zip(rows, found):
                 for block in rows[name].add(values):
                     append(name, block)
     return Statistics(**read_tensors(draft.path / STATISTICS))

@@ -4,7 +4,6 @@ Networks that share frozen tensors keep these once, in `shared.safetensors`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from rpgcli import artifact
-from rpgcli.artifact import Artifact
+from rpgcli.artifact import Artifact, ahead
 from rpgcli.errors import ArtifactError
 
 SHARED = "shared.safetensors"
@@ -79,10 +78,4 @@ class Zoo:
 
     def states(self, networks: Sequence[Network]) -> Iterator[dict[str, Tensor]]:
         """The state dicts of some networks; the next file is read and hashed while one is worked on."""
-        with ThreadPoolExecutor(1) as aside:
-            for i, network in enumerate(networks):
-                state = self.state(network)
-                coming = [aside.submit(self.artifact.file, other.file) for other in networks[i + 1 : i + 2]]
-                yield state
-                for other in coming:
-                    other.result()
+        return ahead(self.state, networks)

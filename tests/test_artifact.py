@@ -498,6 +498,29 @@ def test_files_are_written_as_the_library_writes_them(tmp_path):
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
+def test_work_ahead_keeps_its_order_and_goes_no_further_than_it_is_asked_to():
+    begun = []
+
+    def work(i):
+        begun.append(i)
+        return i * i
+
+    found = artifact.ahead(work, range(6), num_ahead=2)
+    assert begun == []
+    for i, value in enumerate(found):
+        assert value == i * i
+        assert i + 1 <= len(begun) <= i + 3
+    assert begun == list(range(6))
+    assert list(artifact.ahead(work, [])) == []
+
+
+def test_what_goes_wrong_ahead_is_told_in_its_turn():
+    found = artifact.ahead(lambda i: 1 // i, [2, 1, 0, 1])
+    assert [next(found), next(found)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(found)
+
+
 def test_a_file_can_be_written_piece_by_piece_in_any_order(tmp_path):
     whole = {"a": torch.arange(6.0).reshape(3, 2), "n": torch.tensor(5), "b": torch.ones(4).bfloat16()}
     artifact.write_tensors(tmp_path / "whole", whole)
