@@ -26,7 +26,7 @@ SCHEMA = 1
 """Of `bench.json`; later versions only add keys."""
 WIDTH = 120
 """Characters of a line of the table."""
-LOOK_EVERY = 0.005
+LOOK_EVERY = 0.02
 """Seconds between two looks at the memory of a process."""
 MIB = 2**20
 
